@@ -1,0 +1,28 @@
+"""qgraft: model surgery for PyTorch. Quantize the linear layers of any model by a recipe.
+
+    from qgraft import Quantizer
+    model = Quantizer(model).quantize("w4a4_svd")
+"""
+
+from .layers import QuantLinear, SVDQW4A4Linear, W8A16Linear, W8A32Linear
+from .quantizer import Plan, Quantizer, Report
+from .quantizer.checkpoint import save
+from .quantizer.loading import load
+from .recipes import Recipe, RecipeError, load_recipe, shipped_recipes
+
+__version__ = "0.1.0"
+__all__ = [
+    "Plan",
+    "QuantLinear",
+    "Quantizer",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "SVDQW4A4Linear",
+    "W8A16Linear",
+    "W8A32Linear",
+    "load",
+    "load_recipe",
+    "save",
+    "shipped_recipes",
+]

@@ -1,0 +1,176 @@
+"""One torch op per scheme: schema, shapes, gradients, autocast, and which backend answers on which device.
+
+``torch.ops.qgraft.{w8a32_linear, w8a16_linear, svdq_linear, svdq_quantize}``. Declared with `torch.library.Library`
+rather than `custom_op`, which costs 30 microseconds more a call on the host. No layer knows on which device it runs:
+the dispatcher picks `cpu/` for CPU tensors, `gpu/` for CUDA and ROCm ones where Triton is installed, and
+`reference.py` for any other device (with one warning, because it is slow).
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .cpu import linear as cpu
+
+_lib = torch.library.Library("qgraft", "DEF")
+
+_SVDQ_ARGS = (
+    "Tensor x, Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? smooth_factor, "
+    "Tensor? proj_down, Tensor? proj_up, Tensor? bias, int group_size, bool rotate, int act_bits"
+)
+_lib.define("w8a32_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
+_lib.define("w8a16_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
+_lib.define(f"svdq_linear({_SVDQ_ARGS}) -> Tensor")
+_lib.define(
+    "svdq_quantize(Tensor x, Tensor? smooth_factor, Tensor? proj_down, int padded, int group_size, "
+    "bool rotate, bool two_level, int act_bits) -> (Tensor, Tensor, Tensor)"
+)
+
+w8a32_linear = torch.ops.qgraft.w8a32_linear
+w8a16_linear = torch.ops.qgraft.w8a16_linear
+svdq_linear = torch.ops.qgraft.svdq_linear
+svdq_quantize = torch.ops.qgraft.svdq_quantize
+
+
+# ---- backends -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _warn_slow(what: str, device: str) -> None:
+    warnings.warn(
+        f"qgraft: no kernel of {what} for device '{device}', so it runs in plain torch: right, but slow"
+        + (". Install triton to run it on this GPU." if device == "cuda" else "."),
+        stacklevel=2,
+    )
+
+
+def _with_warning(name: str, function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(x: Tensor, *args):
+        _warn_slow(name, x.device.type)
+        return function(x, *args)
+
+    return run
+
+
+def _register(name: str, fallback: Callable, cpu_kernel: Callable, gpu_kernel: Callable | None) -> None:
+    _lib.impl(name, _with_warning(name, fallback), "CompositeExplicitAutograd")
+    _lib.impl(name, cpu_kernel, "CPU")
+    if gpu_kernel is not None:
+        _lib.impl(name, gpu_kernel, "CUDA")
+
+
+# Triton is looked for, not imported: importing it costs a second that a CPU user should not pay.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _gpu(module: str, function: str) -> Callable | None:
+    if not _HAS_TRITON:
+        return None
+
+    @functools.cache
+    def load() -> Callable:
+        return getattr(importlib.import_module(f".gpu.{module}", __package__), function)
+
+    def run(*args):
+        return load()(*args)
+
+    return run
+
+
+_register("w8a32_linear", reference.w8_linear, cpu.w8a32_linear, _gpu("w8a32", "w8a32_linear"))
+_register("w8a16_linear", reference.w8_linear, cpu.w8a16_linear, _gpu("w8a16", "w8a16_linear"))
+_register("svdq_linear", reference.svdq_linear, cpu.svdq_linear, _gpu("svdq", "svdq_linear"))
+_register("svdq_quantize", reference.svdq_quantize, cpu.svdq_quantize, _gpu("svdq", "svdq_quantize"))
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def _fake_linear(x: Tensor, qweight: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape[0], qweight.shape[0])
+
+
+def _fake_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits):
+    m = x.shape[0]
+    groups = 1 if two_level or act_bits == 8 else padded // group_size
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    return (
+        x.new_empty(m, padded, dtype=torch.int8),
+        x.new_empty(m, groups, dtype=torch.float32),
+        x.new_empty(m, rank, dtype=torch.float32),
+    )
+
+
+for _name in ("w8a32_linear", "w8a16_linear", "svdq_linear"):
+    torch.library.register_fake(f"qgraft::{_name}", _fake_linear, lib=_lib)
+torch.library.register_fake("qgraft::svdq_quantize", _fake_quantize, lib=_lib)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+# To x exactly as through the dequantized layer (rounding of activations passes gradients straight through), and to
+# the bias. x itself is not saved. The codes are not trained.
+
+
+def _save_w8(ctx, inputs, output) -> None:
+    _, qweight, scale, bias = inputs
+    ctx.save_for_backward(qweight, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _grad_bias(ctx, grad: Tensor, index: int) -> Tensor | None:
+    return grad.float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[index] else None
+
+
+def _backward_w8(ctx, grad: Tensor):
+    qweight, scale = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = ((grad.float() * scale) @ qweight.float()).to(grad.dtype)
+    return grad_x, None, None, _grad_bias(ctx, grad, 3)
+
+
+def _save_svdq(ctx, inputs, output) -> None:
+    x, *tensors, bias, group_size, rotate, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.in_features, ctx.group_size, ctx.rotate = x.shape[1], group_size, rotate
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_svdq(ctx, grad: Tensor):
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        weight = reference.svdq_dequantize(ctx.in_features, *ctx.saved_tensors, ctx.group_size, ctx.rotate)
+        grad_x = (grad.float() @ weight).to(grad.dtype)
+    return grad_x, None, None, None, None, None, None, _grad_bias(ctx, grad, 7), None, None, None
+
+
+for _name in ("w8a32_linear", "w8a16_linear"):
+    torch.library.register_autograd(f"qgraft::{_name}", _backward_w8, setup_context=_save_w8, lib=_lib)
+torch.library.register_autograd("qgraft::svdq_linear", _backward_svdq, setup_context=_save_svdq, lib=_lib)
+
+
+# ---- autocast -------------------------------------------------------------------------------------------------------
+# `register_autocast` would cast every float argument, and a scale in bfloat16 is a wrong scale. Only x is cast.
+
+
+def _autocast(name: str, device: str, wanted: Callable[[str], torch.dtype]) -> None:
+    op = getattr(torch.ops.qgraft, name)
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def run(x: Tensor, *args):
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return op(x.to(wanted(device)), *args)
+
+    _lib.impl(name, run, f"Autocast{device.upper()}")
+
+
+for _device in ("cpu", "cuda"):
+    _autocast("w8a32_linear", _device, lambda device: torch.float32)  # its promise is float32
+    _autocast("w8a16_linear", _device, torch.get_autocast_dtype)
+    _autocast("svdq_linear", _device, torch.get_autocast_dtype)

@@ -1,0 +1,183 @@
+"""Every op in plain torch: the definition that all other backends are tested against.
+
+Written to be read, and to be right on any device and dtype; speed is the business of `cpu/` and `gpu/`.
+Shapes: M tokens, K input features, N output features, G group size, R rank; Kp is K rounded up to a multiple of G.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .packing import unpack_int4
+
+# A group's integer scale and an int4 code multiply to an int8: 16 * -8 = -128.
+MAX_GROUP_SCALE = 16
+# Symmetric, so that -x always quantizes to minus the code of x.
+INT4_MAX = 7
+INT8_MAX = 127
+# Below this a row counts as zero: its codes are 0 whatever it is divided by.
+TINY = 1e-30
+
+
+def w8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """y = (x @ qweight^T) * scale + bias, accumulated in float32; both W8A32 and W8A16.
+
+    x (M, K) float; qweight (N, K) int8; scale (N,) float32; bias (N,) or None. Returns (M, N) in x's dtype.
+    The scale comes after the sum in float32: a 16-bit accumulator of raw codes overflows at 65504.
+    """
+    y = (x.float() @ qweight.float().t()) * scale
+    return add_bias(y, bias).to(x.dtype)
+
+
+def w8_dequantize(qweight: Tensor, scale: Tensor) -> Tensor:
+    """The effective weight, (N, K) float32."""
+    return qweight.float() * scale[:, None]
+
+
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def hadamard(n: int, device: torch.device | None = None) -> Tensor:
+    """The orthonormal Sylvester Hadamard matrix, (n, n) float32, n a power of two; symmetric, its own inverse.
+
+    Entry (i, j) is (-1)^popcount(i & j) / sqrt(n).
+    """
+    index = torch.arange(n, device=device)
+    both = index[:, None] & index[None, :]
+    for shift in (8, 4, 2, 1):  # fold the bits: the lowest one becomes the parity, for n <= 65536
+        both = both ^ (both >> shift)
+    return (1 - 2 * (both & 1)).float() / n**0.5
+
+
+def rotate_groups(x: Tensor, group_size: int) -> Tensor:
+    """Multiply every group of the last dimension by the Hadamard matrix of its size; (..., Kp) -> (..., Kp)."""
+    return (x.unflatten(-1, (-1, group_size)) @ hadamard(group_size, x.device).to(x.dtype)).flatten(-2)
+
+
+def svdq_quantize(
+    x: Tensor,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    padded: int,
+    group_size: int,
+    rotate: bool,
+    two_level: bool,
+    act_bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize activations and project them down, the two readers of x in one place.
+
+    x (M, K) float; smooth_factor (K,) float32, x is divided by it; proj_down (K, R), applied to x as it comes.
+    Returns
+      codes    (M, Kp) int8
+      scale    float32: (M, Kp // G) for group scales, (M, 1) for two-level or 8-bit ones
+      lora_act (M, R) float32
+
+    Four bits, group scales: codes in [-7, 7], x' ~ codes * scale of the group.
+    Four bits, two-level: a float per token times an integer a = 1..16 per group; the codes returned are the folded
+    ones, a * code in [-112, 112], so that x' ~ codes * scale of the token and one int8 product does the whole row.
+    The integer is rounded to nearest (a little clipping costs less than coarser steps).
+    Eight bits: one float per token, codes in [-127, 127].
+    """
+    x = x.float()
+    lora_act = x @ proj_down.float() if proj_down is not None else x.new_zeros(x.shape[0], 0)
+    if smooth_factor is not None:
+        x = x / smooth_factor
+    x = F.pad(x, (0, padded - x.shape[-1]))
+    if rotate:
+        x = rotate_groups(x, group_size)
+    if act_bits == 8:
+        scale = (x.abs().amax(-1, keepdim=True) / INT8_MAX).clamp_min(TINY)  # (M, 1)
+        return (x / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale, lora_act
+    groups = x.unflatten(-1, (-1, group_size))  # (M, Kp // G, G)
+    absmax = groups.abs().amax(-1, keepdim=True)  # (M, Kp // G, 1)
+    if not two_level:
+        scale = (absmax / INT4_MAX).clamp_min(TINY)
+        codes = (groups / scale).round().clamp(-INT4_MAX, INT4_MAX)
+        return codes.flatten(-2).to(torch.int8), scale.squeeze(-1), lora_act
+    token_scale = (absmax.amax(1, keepdim=True) / (INT4_MAX * MAX_GROUP_SCALE)).clamp_min(TINY)  # (M, 1, 1)
+    integer = (absmax / (INT4_MAX * token_scale)).round().clamp(1, MAX_GROUP_SCALE)
+    codes = (groups / (integer * token_scale)).round().clamp(-INT4_MAX, INT4_MAX) * integer
+    return codes.flatten(-2).to(torch.int8), token_scale.squeeze(-1), lora_act
+
+
+def svdq_gemm(
+    codes: Tensor,
+    act_scale: Tensor,
+    lora_act: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None,
+    proj_up: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y = dequantized(codes) @ dequantized(qweight)^T + lora_act @ proj_up^T + bias, (M, N) in out_dtype.
+
+    codes (M, Kp) int8 and act_scale (M, Kp // G) or (M, 1) and lora_act (M, R) as from :func:`svdq_quantize`;
+    qweight (N, Kp // 2) uint8; proj_up (N, R). Two-level: scale (N,) float32 and group_scale (N, Kp // G) uint8 in
+    1..16. Group scales: scale (N, Kp // G) float32 and no group_scale. Integer sums are exact (float64 holds them).
+    """
+    weight = unpack_int4(qweight)  # (N, Kp)
+    if group_scale is not None:
+        folded = weight.double() * group_scale.repeat_interleave(group_size, 1)
+        y = (codes.double() @ folded.t()) * act_scale * scale
+    else:
+        act = codes.unflatten(-1, (-1, group_size)).double() * act_scale[..., None]
+        y = act.flatten(-2) @ (weight.unflatten(-1, (-1, group_size)).double() * scale[..., None]).flatten(-2).t()
+    if proj_up is not None:
+        y = y + lora_act.double() @ proj_up.double().t()
+    return add_bias(y, bias).to(out_dtype)
+
+
+def svdq_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    rotate: bool,
+    act_bits: int,
+) -> Tensor:
+    """The whole layer: :func:`svdq_quantize` then :func:`svdq_gemm`. x (M, K) -> (M, N) in x's dtype."""
+    codes, act_scale, lora_act = svdq_quantize(
+        x, smooth_factor, proj_down, 2 * qweight.shape[1], group_size, rotate, group_scale is not None, act_bits
+    )
+    return svdq_gemm(
+        codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, group_size, x.dtype
+    )
+
+
+def svdq_residual(qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_size: int) -> Tensor:
+    """The dequantized residual in its own (smoothed, rotated, padded) basis, (N, Kp) float32."""
+    codes = unpack_int4(qweight).unflatten(-1, (-1, group_size)).float()  # (N, Kp // G, G)
+    steps = scale if group_scale is None else scale[:, None] * group_scale  # (N, Kp // G)
+    return (codes * steps[..., None]).flatten(-2)
+
+
+def svdq_dequantize(
+    in_features: int,
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    group_size: int,
+    rotate: bool,
+) -> Tensor:
+    """The effective weight of the layer seen from raw x, (N, K) float32: what gradients flow through."""
+    weight = svdq_residual(qweight, scale, group_scale, group_size)
+    if rotate:
+        weight = rotate_groups(weight, group_size)  # H is symmetric: R H^T = R H
+    weight = weight[:, :in_features]
+    if smooth_factor is not None:
+        weight = weight / smooth_factor
+    if proj_up is not None and proj_down is not None:
+        weight = weight + proj_up.float() @ proj_down.float().t()
+    return weight

@@ -1,0 +1,1 @@
+"""Pure functions on tensors that a layer's `quantize()` composes: rounding, GPTQ, smoothing, low rank."""

@@ -1,0 +1,38 @@
+"""The best rank-r approximation of a weight, by a randomized or the exact SVD.
+
+Randomized subspace iteration: Halko, Martinsson, Tropp, "Finding structure with randomness" (arXiv 0909.4061),
+algorithm 4.4. On a 4096 x 4096 weight it takes a fraction of a second where the full SVD takes minutes.
+"""
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 10
+ITERATIONS = 4
+
+
+def low_rank(weight: Tensor, rank: int, solver: str = "randomized") -> tuple[Tensor, Tensor]:
+    """weight (N, K) float32 -> up (N, R), down (R, K) with up @ down ~ weight; each side carries sqrt(sigma).
+
+    The even split keeps both factors of like size, which is what a 16-bit copy of them wants.
+    """
+    if solver == "exact":
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        u, s, vh = randomized_svd(weight, rank)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def randomized_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets: u (N, q), s (q,), vh (q, K), q = min(rank + 10, N, K); same seed, same answer."""
+    n, k = weight.shape
+    width = min(rank + OVERSAMPLING, n, k)
+    # On the CPU, so that every device starts from the same numbers.
+    start = torch.randn(k, width, generator=torch.Generator().manual_seed(seed)).to(weight)
+    basis = torch.linalg.qr(weight @ start).Q  # (N, q)
+    for _ in range(ITERATIONS):
+        other = torch.linalg.qr(weight.t() @ basis).Q  # (K, q)
+        basis = torch.linalg.qr(weight @ other).Q
+    u, s, vh = torch.linalg.svd(basis.t() @ weight, full_matrices=False)
+    return basis @ u, s, vh

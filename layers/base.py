@@ -1,0 +1,204 @@
+"""The contract of a quantized layer, and the registry that recipes name layers by."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .stats import Stats
+
+
+class Scheme(BaseModel):
+    """The options of a layer, as a recipe or a keyword gives them. Each layer class has its own subclass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def check_shape(self, in_features: int, out_features: int) -> None:
+        """Raise ValueError, in words for the user, if a layer of this shape cannot have these options."""
+
+    def needs_data(self) -> str:
+        """Why these options cannot do without calibration data, or ""."""
+        return ""
+
+
+SCHEMES: dict[str, type["QuantLinear"]] = {}
+
+
+def register(name: str) -> Callable[[type["QuantLinear"]], type["QuantLinear"]]:
+    """Class decorator: makes a layer known to recipes under `name`."""
+
+    def add(cls: type["QuantLinear"]) -> type["QuantLinear"]:
+        if name in SCHEMES:
+            raise ValueError(f"scheme '{name}' is registered already, by {SCHEMES[name].__name__}")
+        cls.scheme_name = name
+        SCHEMES[name] = cls
+        return cls
+
+    return add
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with quantized weights: what takes the place of an `nn.Linear`.
+
+    A subclass declares `Scheme`, and writes `_allocate` (its buffers), `quantize` (fill them), `_linear` (the
+    forward on 2-D input) and `dequantize`. Quantized state is plain buffers, so state_dict, safetensors, deepcopy,
+    meta tensors and torch.compile work as for any module. `bias` stays the parameter it was.
+
+    Casting (`.half()`, `.to(torch.bfloat16)`) changes the bias and the nominal `dtype`; codes, scales and the
+    low-rank branch keep the types that they were quantized with, because a scale in float16 is another scale.
+
+    in_features, out_features: any sizes >= 1; padding is inside.
+    scheme: a `Scheme` of this class; or give its fields as keywords. Raises ValueError on a bad one.
+    dtype: the nominal type, that of the `nn.Linear` replaced.
+    """
+
+    scheme_name: ClassVar[str]
+    Scheme: ClassVar[type[Scheme]] = Scheme
+    # What `Stats` to collect when calibration data is given.
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scheme: Scheme | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"a layer needs at least one feature on each side, got {in_features} -> {out_features}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = self.make_scheme(scheme, **options)
+        self.scheme.check_shape(in_features, out_features)
+        self.dtype = dtype or torch.get_default_dtype()
+        # Error, size and time of the quantization, filled in by the Quantizer; rides along in deepcopy and pickle.
+        self.report: Any = None
+        self._allocate(torch.empty(0, device=device).device)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    # -- what a subclass writes ---------------------------------------------------------------------------------------
+
+    def _allocate(self, device: torch.device) -> None:
+        """Register the buffers, empty, in their final shapes."""
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor, stats: Stats | None = None) -> None:
+        """Fill the buffers from a float weight (N, K); `stats` of the inputs, if there are any, improve it."""
+        raise NotImplementedError
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """(M, K) -> (M, N) in x's dtype."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The effective weight, (N, K) float32: what the layer multiplies by, rounding of activations aside."""
+        raise NotImplementedError
+
+    # -- what it gets for it ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def make_scheme(cls, scheme: Scheme | None = None, **options: Any) -> Scheme:
+        """A checked Scheme from keywords; ValueError names each bad option."""
+        if scheme is not None:
+            if options:
+                raise ValueError(f"{cls.__name__}: give either scheme= or options, not both: {sorted(options)}")
+            if not isinstance(scheme, cls.Scheme):
+                raise ValueError(f"{cls.__name__} takes a {cls.__name__}.Scheme, got {type(scheme).__name__}")
+            return scheme
+        try:
+            return cls.Scheme(**options)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(
+                f"{cls.__name__}: {problems} (options: {', '.join(cls.Scheme.model_fields) or 'none'})"
+            ) from None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme | None = None,
+        *,
+        stats: Stats | None = None,
+        calibration: Tensor | None = None,
+        **options: Any,
+    ) -> Self:
+        """Quantize a linear layer; usable alone, without a Quantizer.
+
+        linear: a float `nn.Linear` on any device; it is not changed, and its bias parameter is shared.
+        calibration: inputs (*, K) to take statistics from; or give ready `stats`.
+        options: fields of the layer's Scheme, such as rank=64.
+        Raises ValueError for a bad option, and for a weight that is on meta or not finite.
+        """
+        weight = linear.weight.detach()
+        if weight.is_meta:
+            raise ValueError("the weight is on the meta device: load the model's weights before quantizing")
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            scheme=scheme,
+            device=weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+        if calibration is not None:
+            if stats is not None:
+                raise ValueError("give either stats= or calibration=, not both")
+            stats = Stats(cls.needs)
+            stats.update(calibration)
+        if not torch.isfinite(weight).all():
+            raise ValueError("the weight has NaN or infinite values")
+        layer.bias = linear.bias
+        layer.train(linear.training)
+        with torch.no_grad():
+            layer.quantize(weight, stats)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, K) -> (*, N) in x's dtype: any leading shape, none (1-D) and empty ones too, any strides."""
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} takes floating-point input of shape (*, {self.in_features}), "
+                f"got {tuple(x.shape)} {x.dtype}"
+            )
+        y = self._linear(x.reshape(-1, self.in_features))
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight (N, K) in the nominal dtype, computed at each access; read-only.
+
+        It is here for code that peeks at `.weight.dtype` or `.weight.device`. To change it, quantize again.
+        """
+        return self.dequantize().to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value}" for name, value in self.scheme)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"
+
+
+def storage_bytes(module: nn.Module) -> int:
+    """Bytes of a module's own and its children's parameters and buffers, each tensor once; works on meta."""
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
