@@ -1,7 +1,7 @@
 """qgraft: model surgery for PyTorch. Quantize the linear layers of any model by a recipe.
 
-    from qgraft import Quantizer
-    model = Quantizer(model).quantize("w4a4_svd")
+from qgraft import Quantizer
+model = Quantizer(model).quantize("w4a4_svd")
 """
 
 from .layers import QuantLinear, SVDQW4A4Linear, W8A16Linear, W8A32Linear

@@ -125,7 +125,10 @@ def svdq_gemm(
         y = (codes.double() @ folded.t()) * act_scale * scale
     else:
         act = codes.unflatten(-1, (-1, group_size)).double() * act_scale[..., None]
-        y = act.flatten(-2) @ (weight.unflatten(-1, (-1, group_size)).double() * scale[..., None]).flatten(-2).t()
+        y = (
+            act.flatten(-2)
+            @ (weight.unflatten(-1, (-1, group_size)).double() * scale[..., None]).flatten(-2).t()
+        )
     if proj_up is not None:
         y = y + lora_act.double() @ proj_up.double().t()
     return add_bias(y, bias).to(out_dtype)
@@ -146,7 +149,14 @@ def svdq_linear(
 ) -> Tensor:
     """The whole layer: :func:`svdq_quantize` then :func:`svdq_gemm`. x (M, K) -> (M, N) in x's dtype."""
     codes, act_scale, lora_act = svdq_quantize(
-        x, smooth_factor, proj_down, 2 * qweight.shape[1], group_size, rotate, group_scale is not None, act_bits
+        x,
+        smooth_factor,
+        proj_down,
+        2 * qweight.shape[1],
+        group_size,
+        rotate,
+        group_scale is not None,
+        act_bits,
     )
     return svdq_gemm(
         codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, group_size, x.dtype

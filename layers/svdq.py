@@ -37,7 +37,8 @@ class SVDQScheme(Scheme):
         64, description="input features that share a scale; also the size of the rotation; a power of two"
     )
     smooth: Literal["auto", "activations", "weights", "none"] = Field(
-        "auto", description="what the smooth_factor comes from; 'auto': activations if there is calibration data"
+        "auto",
+        description="what the smooth_factor comes from; 'auto': activations if there is calibration data",
     )
     smooth_alpha: float | None = Field(
         None,

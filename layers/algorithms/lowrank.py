@@ -1,14 +1,15 @@
 """The best rank-r approximation of a weight, by a randomized or the exact SVD.
 
 Randomized subspace iteration: Halko, Martinsson, Tropp, "Finding structure with randomness" (arXiv 0909.4061),
-algorithm 4.4. On a 4096 x 4096 weight it takes a fraction of a second where the full SVD takes minutes.
+algorithm 4.4. On a 4096 x 4096 weight it takes about a second where the full SVD takes minutes.
 """
 
 import torch
 from torch import Tensor
 
-OVERSAMPLING = 10
-ITERATIONS = 4
+# Chosen so that the residual is within 0.2 % of the best one even where singular values fall as slowly as i^-0.2.
+OVERSAMPLING = 32
+ITERATIONS = 6
 
 
 def low_rank(weight: Tensor, rank: int, solver: str = "randomized") -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def low_rank(weight: Tensor, rank: int, solver: str = "randomized") -> tuple[Ten
 
 
 def randomized_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets: u (N, q), s (q,), vh (q, K), q = min(rank + 10, N, K); same seed, same answer."""
+    """The leading singular triplets: u (N, q), s (q,), vh (q, K), q = min(rank + 32, N, K); same seed, same answer."""
     n, k = weight.shape
     width = min(rank + OVERSAMPLING, n, k)
     # On the CPU, so that every device starts from the same numbers.

@@ -1,0 +1,392 @@
+"""What each layer promises, compared with float64 and with the layer's own dequantized weight."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qgraft.kernels.packing import pack_int4, unpack_int4
+from qgraft.layers import SCHEMES, QuantLinear, SVDQW4A4Linear, W8A16Linear, W8A32Linear
+
+ALL = [W8A32Linear, W8A16Linear, SVDQW4A4Linear]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (3, 2), (64, 64), (77, 45), (130, 33), (200, 96)]
+
+
+def make(cls, k=64, n=48, bias=True, dtype=torch.float32, calibration=None, **options):
+    linear = nn.Linear(k, n, bias).to(dtype)
+    if cls is SVDQW4A4Linear:
+        options = {"rank": min(8, k, n)} | options
+    return linear, cls.from_linear(linear, calibration=calibration, **options)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+def float64_product(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
+    bias = 0 if layer.bias is None else layer.bias.double()
+    return x.double() @ layer.dequantize().double().t() + bias
+
+
+# ---- the contract, the same for all ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (5, 64), (2, 3, 64), (2, 1, 3, 64), (0, 64), (2, 0, 64)])
+def test_any_leading_shape_comes_back_in_the_dtype_of_the_input(cls, dtype, shape):
+    _, layer = make(cls)
+    x = torch.randn(shape).to(dtype)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 48) and y.dtype is dtype
+    flat = layer(x.reshape(-1, 64)).reshape(y.shape)
+    assert torch.equal(y, flat)
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("k, n", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_sizes_work_and_the_weight_is_near_the_original(cls, k, n, bias):
+    linear, layer = make(cls, k, n, bias)
+    assert layer.dequantize().shape == (n, k)
+    limit = 0.15 if cls is SVDQW4A4Linear else 0.01
+    assert relative(layer.dequantize(), linear.weight) < limit
+    y = layer(torch.randn(7, k))
+    assert y.shape == (7, n) and torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_strides_do_not_matter(cls):
+    _, layer = make(cls)
+    x = torch.randn(64, 10).t()
+    assert torch.equal(layer(x), layer(x.contiguous()))
+    wide = torch.randn(10, 128)[:, ::2]
+    assert torch.equal(layer(wide), layer(wide.contiguous()))
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_to_x_is_that_of_the_dequantized_layer(cls, dtype):
+    _, layer = make(cls, 77, 45, dtype=dtype)
+    x = torch.randn(3, 5, 77, dtype=dtype, requires_grad=True)
+    grad = torch.randn(3, 5, 45).to(dtype)
+    layer(x).backward(grad)
+    expected = grad.double() @ layer.dequantize().double()
+    exact = dtype is torch.float32 and cls is not W8A16Linear  # which works in 16 bits, backwards too
+    assert relative(x.grad, expected) < (1e-6 if exact else 5e-3)
+    assert relative(layer.bias.grad, grad.double().sum((0, 1))) < 5e-3
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_frozen_bias_gets_no_gradient(cls):
+    _, layer = make(cls)
+    layer.bias.requires_grad_(False)
+    layer(torch.randn(4, 64, requires_grad=True)).sum().backward()
+    assert layer.bias.grad is None
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_casting_moves_the_bias_and_leaves_codes_and_scales(cls, dtype):
+    linear, layer = make(cls)
+    before = {name: b.clone() for name, b in layer.named_buffers()}
+    layer.to(dtype)
+    assert layer.dtype is dtype and layer.bias.dtype is dtype and layer.weight.dtype is dtype
+    for name, buffer in layer.named_buffers():
+        assert buffer.dtype is before[name].dtype and torch.equal(buffer, before[name])
+    x = torch.randn(4, 64).to(dtype)
+    assert torch.isfinite(layer(x)).all()
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_state_dict_fills_a_fresh_layer_and_one_on_meta(cls):
+    _, layer = make(cls, 77, 45)
+    x = torch.randn(4, 77)
+    for device in ("cpu", "meta"):
+        fresh = cls(77, 45, scheme=layer.scheme, device=device)
+        fresh.load_state_dict(layer.state_dict(), strict=True, assign=device == "meta")
+        assert torch.equal(fresh(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_from_linear_leaves_the_linear_alone_and_shares_its_bias(cls):
+    linear = nn.Linear(32, 24).eval()
+    before = linear.weight.clone()
+    layer = cls.from_linear(linear, **({"rank": 4} if cls is SVDQW4A4Linear else {}))
+    assert torch.equal(linear.weight, before)
+    assert layer.bias is linear.bias and layer.training is False
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_errors_say_what_was_wrong(cls):
+    _, layer = make(cls)
+    with pytest.raises(ValueError, match=r"\(\*, 64\), got \(3, 65\)"):
+        layer(torch.randn(3, 65))
+    with pytest.raises(ValueError, match="int64"):
+        layer(torch.ones(3, 64, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least one feature"):
+        cls(0, 4)
+    with pytest.raises(ValueError, match="nonsense"):
+        cls(64, 64, nonsense=1)
+    with torch.device("meta"):
+        linear = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match="meta"):
+        cls.from_linear(linear)
+    broken = nn.Linear(64, 64)
+    broken.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        cls.from_linear(broken)
+
+
+def test_repr_names_sizes_and_options():
+    _, layer = make(SVDQW4A4Linear, rank=4)
+    assert "in_features=64, out_features=48, bias=True, rank=4, group_size=64" in repr(layer)
+
+
+def test_the_registry_knows_every_layer_by_its_recipe_name():
+    assert SCHEMES["w8a32"] is W8A32Linear and SCHEMES["w8a16"] is W8A16Linear
+    assert SCHEMES["w4a4_svd"] is SVDQW4A4Linear
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_zero_rows_zero_weights_and_zero_inputs_stay_zero(cls):
+    linear = nn.Linear(64, 32, bias=False)
+    linear.weight.data[:5] = 0
+    layer = cls.from_linear(linear, **({"rank": 0} if cls is SVDQW4A4Linear else {}))
+    assert layer(torch.randn(3, 64))[:, :5].abs().max() == 0
+    assert layer(torch.zeros(3, 64)).abs().max() == 0
+    linear.weight.data.zero_()
+    assert cls.from_linear(linear, rank=0).dequantize().abs().max() == 0 if cls is SVDQW4A4Linear else True
+
+
+# ---- 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [W8A32Linear, W8A16Linear])
+@pytest.mark.parametrize("dtype, std", [(torch.bfloat16, 0.02), (torch.float16, 1e-3), (torch.float16, 1e-5)])
+def test_w8_never_flips_the_sign_of_the_largest_weight(cls, dtype, std):
+    linear = nn.Linear(512, 512, bias=False).to(dtype)
+    linear.weight.data.normal_(0, std)
+    layer = cls.from_linear(linear)
+    largest = linear.weight.abs().argmax(1, keepdim=True)
+    original, quantized = (w.float().gather(1, largest) for w in (linear.weight, layer.dequantize()))
+    assert (original.sign() == quantized.sign()).all()
+    assert relative(layer.dequantize(), linear.weight) < 0.012
+
+
+@pytest.mark.parametrize("cls", [W8A32Linear, W8A16Linear])
+def test_w8_searched_steps_are_no_worse_than_absmax_in_any_row(cls):
+    weight = torch.randn(64, 300) * torch.rand(64, 1)
+    linear = nn.Linear(300, 64, bias=False)
+    linear.weight.data.copy_(weight)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    plain = ((weight / step).round() * step - weight).square().sum(1)
+    searched = (cls.from_linear(linear).dequantize() - weight).square().sum(1)
+    assert (searched <= plain * 1.0001).all() and searched.sum() < plain.sum()
+
+
+def test_w8a16_does_not_overflow_float16_where_raw_codes_would():
+    linear = nn.Linear(4096, 32, bias=False).half()
+    linear.weight.data.uniform_(0.005, 0.01)
+    layer = W8A16Linear.from_linear(linear)
+    x = torch.rand(20, 4096).half() + 0.5  # the raw codes sum to 400,000, float16 ends at 65,504
+    assert relative(layer(x), float64_product(layer, x)) < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17, 65, 300])
+@pytest.mark.parametrize("k, n", [(4096, 96), (130, 515), (33, 7)])
+def test_w8a32_equals_the_float64_product_to_1e_6(tokens, k, n):
+    _, layer = make(W8A32Linear, k, n)
+    x = torch.randn(tokens, k)
+    assert relative(layer(x), float64_product(layer, x)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 65, 300])
+@pytest.mark.parametrize("k, n", [(1024, 96), (130, 515), (33, 7)])
+def test_w8a16_equals_the_float64_product_to_the_rounding_of_its_dtype(dtype, tokens, k, n):
+    _, layer = make(W8A16Linear, k, n, dtype=dtype)
+    x = torch.randn(tokens, k).to(dtype)
+    exact = float64_product(layer, x)
+    error = (layer(x).double() - exact).abs()
+    # Two roundings: of the sum and, after scale and bias, of the result; then float32 sums of K terms.
+    eps = torch.finfo(dtype).eps
+    size = x.double().abs() @ layer.dequantize().double().abs().t()
+    limit = eps * (exact.abs() + (exact - layer.bias.double()).abs()) + 1e-5 * size
+    assert (error <= limit).all()
+
+
+def test_w8a16_rounds_float32_activations_to_16_bits():
+    _, layer = make(W8A16Linear, 256, 64)
+    x = torch.randn(9, 256)
+    assert relative(layer(x), float64_product(layer, x.bfloat16())) < 5e-3
+    assert torch.equal(layer(x), layer(x.bfloat16().float()))
+    _, in_half = make(W8A16Linear, 256, 64, dtype=torch.float16)
+    assert in_half.activation_dtype is torch.float16
+    _, by_option = make(W8A16Linear, 256, 64, dtype=torch.float32)
+    assert by_option.activation_dtype is torch.bfloat16
+
+
+def test_w8a32_keeps_float32_accuracy_for_16_bit_input():
+    _, layer = make(W8A32Linear, 256, 64)
+    x = torch.randn(9, 256).bfloat16()
+    assert torch.equal(layer(x), layer(x.float()).bfloat16())
+
+
+# ---- W4A4 with the branch -------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"rank": 0},
+    {"rank": 5, "scales": "group"},
+    {"rotate": False},
+    {"smooth": "none", "group_size": 32},
+    {"group_size": 16, "scales": "group", "rotate": False, "smooth": "none", "rank": 0},
+    {"group_size": 128, "rounding": "rtn", "svd": "exact"},
+]
+
+
+def formula_in_float64(layer: SVDQW4A4Linear, x: torch.Tensor) -> torch.Tensor:
+    """The layer from its buffers, written anew, step by step, in float64."""
+    s, g = layer.scheme, layer.scheme.group_size
+    kp = layer.padded_features
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < g:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
+    h /= g**0.5
+    act = x.double()
+    if layer.smooth_factor is not None:
+        act = act / layer.smooth_factor.double()
+    act = F.pad(act, (0, kp - x.shape[1])).view(len(x), kp // g, g)
+    if s.rotate:
+        act = act @ h
+    top = act.abs().amax(-1)
+    if s.scales == "two_level":
+        token = top.amax(1, keepdim=True) / (7 * 16)
+        step = token * (top / (7 * token)).round().clamp(1, 16)
+    else:
+        step = top / 7
+    act = (act / step[..., None]).round().clamp(-7, 7) * step[..., None]
+    low, high = layer.qweight & 15, layer.qweight >> 4
+    codes = torch.stack((low, high), -1).flatten(1).to(torch.int16)
+    codes = torch.where(codes > 7, codes - 16, codes).double().view(-1, kp // g, g)
+    steps = layer.scale.double()
+    if layer.group_scale is not None:
+        steps = steps[:, None] * layer.group_scale.double()
+    y = act.flatten(1) @ (codes * steps[..., None]).flatten(1).t()
+    if layer.proj_up is not None:
+        y = y + (x.double() @ layer.proj_down.double()) @ layer.proj_up.double().t()
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("k, n", [(192, 80), (77, 45)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_w4a4_equals_its_own_formula_in_float64(options, k, n, calibrated):
+    calibration = torch.randn(300, k) if calibrated else None
+    _, layer = make(SVDQW4A4Linear, k, n, calibration=calibration, **options)
+    x = torch.randn(33, k)
+    error = (layer(x).double() - formula_in_float64(layer, x)).norm(dim=1)
+    # A value that float32 puts on the other side of a rounding tie moves its row by one step; that is rare.
+    size = formula_in_float64(layer, x).norm(dim=1)
+    assert (error / size).median() < 1e-5
+    assert ((error / size) > 1e-4).sum() <= 2
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_w4a4_codes_and_scales_stay_in_their_ranges(options):
+    _, layer = make(SVDQW4A4Linear, 200, 96, calibration=torch.randn(100, 200), **options)
+    codes = unpack_int4(layer.qweight)
+    assert codes.min() >= -8 and codes.max() <= 7 and codes.unique().numel() > 8
+    assert torch.equal(pack_int4(codes), layer.qweight)
+    assert (layer.scale > 0).all()
+    if layer.group_scale is not None:
+        assert layer.group_scale.min() >= 1 and layer.group_scale.max() <= 16
+        folded = codes.int().unflatten(1, (-1, layer.scheme.group_size)) * layer.group_scale[..., None].int()
+        assert folded.min() >= -128 and folded.max() <= 127
+
+
+def test_w4a4_error_falls_with_each_ingredient_on_planted_outliers():
+    k, n = 512, 384
+    linear = nn.Linear(k, n, bias=False)
+    linear.weight.data = torch.randn(n, k) * 0.02 + torch.randn(n, 4) @ torch.randn(4, k) * 0.02
+    channels = torch.randperm(k)[:8]
+    x = torch.randn(1200, k)
+    x[:, channels] *= 25
+    linear.weight.data[:, channels[:4]] *= 4
+    train, test = x[:800], x[800:]
+    exact = test @ linear.weight.t()
+
+    def error(**options):
+        layer = SVDQW4A4Linear.from_linear(linear, calibration=train, rounding="rtn", **options)
+        return relative(layer(test), exact)
+
+    naive = error(rank=0, smooth="none", rotate=False)
+    svd = error(rank=32, smooth="none", rotate=False)
+    smooth = error(rank=32, smooth="activations", rotate=False)
+    rotated = error(rank=32, smooth="activations", rotate=True)
+    assert naive > 1.02 * svd and svd > 1.1 * smooth and smooth > 1.05 * rotated, (
+        naive,
+        svd,
+        smooth,
+        rotated,
+    )
+
+
+def test_w4a4_gptq_lowers_the_output_error_of_correlated_inputs():
+    linear = nn.Linear(256, 192, bias=False)
+    x = torch.randn(2000, 40) @ torch.randn(40, 256) + 0.1 * torch.randn(2000, 256)
+    train, test = x[:1500], x[1500:]
+
+    def error(rounding):
+        layer = SVDQW4A4Linear.from_linear(linear, calibration=train, rounding=rounding, rank=16)
+        return relative(test @ layer.dequantize().t(), test @ linear.weight.t())
+
+    assert error("gptq") < 0.8 * error("rtn")
+
+
+def test_w4a4_group_scales_are_a_little_more_accurate_than_two_level_ones():
+    linear = nn.Linear(512, 256, bias=False)
+    errors = {
+        scales: relative(
+            SVDQW4A4Linear.from_linear(linear, rank=0, scales=scales).dequantize(), linear.weight
+        )
+        for scales in ("group", "two_level")
+    }
+    assert errors["group"] < errors["two_level"] < 1.06 * errors["group"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank": 65}, "rank 65 is more than a 64 x 64 weight has: choose rank <= 64"),
+        ({"rank": -1}, "rank: Input should be greater than or equal to 0"),
+        ({"group_size": 48}, "group_size: Input should be 16, 32, 64, 128 or 256"),
+        ({"smooth": "yes"}, "smooth: Input should be 'auto'"),
+        ({"smooth_alpha": 2.0}, "smooth_alpha: Input should be less than or equal to 1"),
+        ({"rank": "32"}, "rank: Input should be a valid integer"),
+    ],
+)
+def test_w4a4_bad_options_are_readable(options, message):
+    with pytest.raises(ValueError) as error:
+        SVDQW4A4Linear.from_linear(nn.Linear(64, 64), **options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"smooth": "activations"}, {"rounding": "gptq"}])
+def test_w4a4_options_that_need_data_say_so(options):
+    with pytest.raises(ValueError, match="needs calibration data"):
+        SVDQW4A4Linear.from_linear(nn.Linear(64, 64), rank=4, **options)
+
+
+def test_w4a4_with_channels_that_calibration_never_saw():
+    x = torch.randn(200, 128)
+    x[:, 10:50] = 0
+    linear = nn.Linear(128, 64)
+    layer = SVDQW4A4Linear.from_linear(linear, calibration=x)
+    assert torch.isfinite(layer.dequantize()).all()
+    assert relative(layer(x), linear(x)) < 0.15
