@@ -199,7 +199,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self.scheme)
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}{options}"
 
 
 def storage_bytes(module: nn.Module) -> int:

@@ -91,7 +91,7 @@ def test_a_frozen_bias_gets_no_gradient(cls):
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_casting_moves_the_bias_and_leaves_codes_and_scales(cls, dtype):
-    linear, layer = make(cls)
+    _, layer = make(cls)
     before = {name: b.clone() for name, b in layer.named_buffers()}
     layer.to(dtype)
     assert layer.dtype is dtype and layer.bias.dtype is dtype and layer.weight.dtype is dtype

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import qgraft
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings the same library under its old name
+    import tomli as tomllib
 
 ROOT = Path(qgraft.__file__).parent
 

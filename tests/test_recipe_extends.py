@@ -1,6 +1,7 @@
 """``extends``: a recipe that says only what differs from another."""
 
 import pytest
+
 from qgraft.recipes import Recipe, RecipeError, SchemeSpec, load_recipe
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from qgraft.recipes import Recipe, RecipeError, SchemeSpec, load_recipe, pattern_matches, shipped_recipes
 
 W4A4 = {

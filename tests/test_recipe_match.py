@@ -7,6 +7,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qgraft.recipes import RecipeError, pattern_matches, suggest
 from qgraft.recipes.suggest import did_you_mean
 

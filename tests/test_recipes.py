@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
 from qgraft.recipes import CalibrationSpec, Recipe, RecipeError, Rule, SchemeSpec
 
 FULL = """\

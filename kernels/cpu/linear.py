@@ -7,7 +7,6 @@ reading 4 bytes a weight through main memory, which is most of the time at few t
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import reference
 from ..packing import unpack_int4

@@ -1,0 +1,275 @@
+"""SVDQ, first half: activations to codes, and down to the rank of the branch, in one launch.
+
+Two kinds of programs stand in one grid. Most take one token each: smooth, rotate, find the scales, write the codes.
+The others take a block of tokens and project it down. A block's projections come just before its tokens, so that x
+comes from main memory once and from the second-level cache the other times.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from .. import reference
+from .common import FLOATS, ROUNDER, TERMS, on_device, require, split_dot, target_of
+
+INT4_MAX = tl.constexpr(float(reference.INT4_MAX))
+INT8_MAX = tl.constexpr(float(reference.INT8_MAX))
+MAX_GROUP_SCALE = tl.constexpr(float(reference.MAX_GROUP_SCALE))
+TINY = tl.constexpr(reference.TINY)
+# The largest Hadamard matrix that is held whole; bigger ones are made of its sums and differences.
+HADAMARD_BASE = tl.constexpr(64)
+
+
+@triton.jit
+def hadamard_signs(SIZE: tl.constexpr):
+    """The Sylvester Hadamard matrix without its 1 / sqrt(SIZE), (SIZE, SIZE) of +1 and -1; SIZE <= 256."""
+    index = tl.arange(0, SIZE)
+    bits = index[:, None] & index[None, :]
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    return 1 - 2 * (bits & 1)
+
+
+@triton.jit
+def butterfly(x, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """Rows [a, b] of two halves, each rotated already -> [a + b, a - b]: one step up in the size of the matrix."""
+    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))  # (ROWS, HALF) each
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, 2 * HALF))
+
+
+@triton.jit
+def rotate_groups(x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, X_TERMS: tl.constexpr):
+    """Every row of x (BLOCK_G, GROUP) times the orthonormal Hadamard matrix."""
+    BASE: tl.constexpr = min(GROUP, HADAMARD_BASE)
+    x = tl.reshape(x, (BLOCK_G * GROUP // BASE, BASE))
+    x = split_dot(x, hadamard_signs(BASE), tl.zeros((BLOCK_G * GROUP // BASE, BASE), dtype=tl.float32), X_TERMS, 1)
+    if GROUP > BASE:
+        x = butterfly(x, BLOCK_G * GROUP // (2 * BASE), BASE)
+    if GROUP > 2 * BASE:
+        x = butterfly(x, BLOCK_G * GROUP // (4 * BASE), 2 * BASE)
+    return tl.reshape(x, (BLOCK_G, GROUP)) * GROUP**-0.5
+
+
+@triton.jit
+def divide(x, y):
+    """x / y as IEEE division rounds it (but for one case in a million), at the price of a fast reciprocal: many x share
+    a y here, and the remainder corrects the quotient."""
+    inverse = 1.0 / y
+    quotient = x * inverse
+    return tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
+
+
+@triton.jit
+def load_groups(
+    x_row, smooth_ptr, offs_k, K,
+    BLOCK_G: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr, X_TERMS: tl.constexpr,
+):  # fmt: skip
+    """A tile of one token as it will be quantized, float32 (BLOCK_G, GROUP), zeros past the end."""
+    x = tl.load(x_row + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+    if smooth_ptr is not None:
+        x = divide(x, tl.load(smooth_ptr + offs_k, mask=offs_k < K, other=1.0))
+    if ROTATE:
+        x = rotate_groups(x, BLOCK_G, GROUP, X_TERMS)
+    return x
+
+
+@triton.jit
+def magnitude(x):
+    """|x| as an integer of the same order, in which NaN is above infinity: a maximum that does not lose NaN."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def step_of(absmax, STEPS: tl.constexpr):
+    """The scale with which the `magnitude` absmax takes STEPS steps; never 0, and NaN for NaN."""
+    scale = divide(absmax.to(tl.float32, bitcast=True), STEPS)
+    return tl.where(scale < TINY, TINY, scale)
+
+
+@triton.jit
+def round_to(x, scale, LIMIT: tl.constexpr):
+    """x / scale to the nearest integer, ties to even as torch.round, within +-LIMIT; float32."""
+    x = (divide(x, scale) + ROUNDER) - ROUNDER
+    return tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+
+
+@triton.jit
+def quantize_token(
+    x_ptr, smooth_ptr, codes_ptr, scale_ptr, token, K, padded,
+    GROUP: tl.constexpr, ROTATE: tl.constexpr, TWO_LEVEL: tl.constexpr, ACT_BITS: tl.constexpr,
+    PLANES: tl.constexpr, X_TERMS: tl.constexpr, BLOCK_G: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_K: tl.constexpr = BLOCK_G * GROUP
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_k = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (BLOCK_G, GROUP)
+    groups = padded // GROUP
+    x_row = x_ptr + token.to(tl.int64) * K
+    codes_row = codes_ptr + token.to(tl.int64) * padded
+
+    # A scale of the whole token has to be known before its first code. A row of one tile stays in registers; a longer
+    # one is read twice.
+    if ONE_TILE:
+        x = load_groups(x_row, smooth_ptr, offs_k, K, BLOCK_G, GROUP, ROTATE, X_TERMS)
+    if ACT_BITS == 8 or TWO_LEVEL:
+        largest = tl.zeros((BLOCK_G,), dtype=tl.int32)
+        if ONE_TILE:
+            largest = tl.maximum(largest, tl.max(magnitude(x), axis=1))
+        else:
+            for k in tl.range(0, padded, BLOCK_K, num_stages=1):
+                x = load_groups(x_row, smooth_ptr, k + offs_k, K, BLOCK_G, GROUP, ROTATE, X_TERMS)
+                largest = tl.maximum(largest, tl.max(magnitude(x), axis=1))
+        # (The maximum of all, not along axis 0: Triton 3.7 fails on sm_100 at two reductions in a row.)
+        token_scale = step_of(tl.max(largest), INT8_MAX if ACT_BITS == 8 else INT4_MAX * MAX_GROUP_SCALE)
+        tl.store(scale_ptr + token, token_scale)
+
+    for k in tl.range(0, padded, BLOCK_K, num_stages=1):
+        if not ONE_TILE:
+            x = load_groups(x_row, smooth_ptr, k + offs_k, K, BLOCK_G, GROUP, ROTATE, X_TERMS)
+        if ACT_BITS == 8:
+            codes = round_to(x, token_scale, INT8_MAX)
+        else:
+            absmax = tl.max(magnitude(x), axis=1)  # (BLOCK_G,)
+            if TWO_LEVEL:
+                absmax_f = absmax.to(tl.float32, bitcast=True)
+                integer = tl.maximum(round_to(absmax_f, token_scale * INT4_MAX, MAX_GROUP_SCALE), 1.0)
+                codes = round_to(x, (integer * token_scale)[:, None], INT4_MAX) * integer[:, None]
+            else:
+                scale = step_of(absmax, INT4_MAX)
+                scale_ptrs = scale_ptr + token.to(tl.int64) * groups + k // GROUP + offs_g
+                tl.store(scale_ptrs, scale, mask=k // GROUP + offs_g < groups)
+                codes = round_to(x, scale[:, None], INT4_MAX)
+        codes = codes.to(tl.int8)
+        if PLANES:
+            even, odd = tl.split(tl.reshape(codes, (BLOCK_G, GROUP // 2, 2)))
+            offs_j = k // 2 + offs_g[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+            tl.store(codes_row + offs_j, even, mask=offs_j < padded // 2)
+            tl.store(codes_row + padded // 2 + offs_j, odd, mask=offs_j < padded // 2)
+        else:
+            tl.store(codes_row + k + offs_k, codes, mask=k + offs_k < padded)
+
+
+@triton.jit
+def project_down(
+    x_ptr, down_ptr, lora_ptr, pid_m, pid_r, M, K, R,
+    DOWN_TERMS: tl.constexpr, LORA_M: tl.constexpr, LORA_K: tl.constexpr, LORA_R: tl.constexpr,
+):  # fmt: skip
+    offs_m = pid_m * LORA_M + tl.arange(0, LORA_M)
+    offs_r = pid_r * LORA_R + tl.arange(0, LORA_R)
+    offs_k = tl.arange(0, LORA_K)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+    down_ptrs = down_ptr + offs_k[:, None] * R + offs_r[None, :]
+
+    acc = tl.zeros((LORA_M, LORA_R), dtype=tl.float32)
+    for k in range(0, K, LORA_K):
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K - k)[None, :], other=0.0)
+        down = tl.load(down_ptrs, mask=(offs_k < K - k)[:, None] & mask_r[None, :], other=0.0)
+        if x.dtype == tl.float32:
+            acc += split_dot(x, down, tl.zeros((LORA_M, LORA_R), dtype=tl.float32), 3, DOWN_TERMS)
+        else:
+            acc = tl.dot(x, down.to(x.dtype), acc)
+        x_ptrs += LORA_K
+        down_ptrs += LORA_K * R
+
+    lora_ptrs = lora_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    tl.store(lora_ptrs, acc, mask=mask_m[:, None] & mask_r[None, :])
+
+
+@triton.jit
+def svdq_quantize_kernel(
+    x_ptr, smooth_ptr, down_ptr, codes_ptr, scale_ptr, lora_ptr,
+    M, K, padded, R,
+    GROUP: tl.constexpr, ROTATE: tl.constexpr, TWO_LEVEL: tl.constexpr, ACT_BITS: tl.constexpr,
+    PLANES: tl.constexpr, X_TERMS: tl.constexpr, DOWN_TERMS: tl.constexpr,
+    BLOCK_G: tl.constexpr, ONE_TILE: tl.constexpr,
+    LORA_M: tl.constexpr, LORA_K: tl.constexpr, LORA_R: tl.constexpr,
+):  # fmt: skip
+    # Programs of one block of LORA_M tokens, PROJECTIONS = ceil(R / LORA_R):
+    #
+    #    | project down | ... | token 0 | token 1 | ... | token LORA_M - 1 |   next block ...
+    #      LORA_R ranks         all K, one tile of BLOCK_G groups at a time
+    projections = 0
+    if down_ptr is not None:
+        projections = tl.cdiv(R, LORA_R)
+    block = tl.program_id(0) // (projections + LORA_M)
+    member = tl.program_id(0) % (projections + LORA_M)
+    token = block * LORA_M + member - projections
+    if member >= projections:
+        if token < M:
+            quantize_token(
+                x_ptr, smooth_ptr, codes_ptr, scale_ptr, token, K, padded,
+                GROUP, ROTATE, TWO_LEVEL, ACT_BITS, PLANES, X_TERMS, BLOCK_G, ONE_TILE,
+            )  # fmt: skip
+    elif down_ptr is not None:
+        project_down(
+            x_ptr, down_ptr, lora_ptr, block, member, M, K, R, DOWN_TERMS, LORA_M, LORA_K, LORA_R
+        )  # fmt: skip
+
+
+def config(
+    padded: int, rank: int, group_size: int, dtype: torch.dtype, target: GPUTarget
+) -> dict[str, int]:
+    """Tiles of one token, so many features that every warp rotates rows of its own: 16 rows of a group, up to 64."""
+    features = 4096 if padded > 2048 else 2048
+    num_warps = min(8, features // (16 * min(group_size, 64)))
+    if target.arch == 100:  # four warps would rotate in tensor memory, which is far away for so little work
+        features, num_warps = 2048, 2
+    wide = dtype == torch.float32  # twice the bytes, and three terms of each
+    return dict(
+        BLOCK_G=features // group_size,
+        ONE_TILE=padded <= features,
+        LORA_M=16,
+        LORA_K=64 if wide else 128,
+        LORA_R=min(32 if wide else 64, max(16, triton.next_power_of_2(rank))),
+        num_warps=num_warps,
+        num_stages=2 if target.backend == "hip" else 3,
+    )
+
+
+def quantize(
+    x: Tensor,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    padded: int,
+    group_size: int,
+    rotate: bool,
+    two_level: bool,
+    act_bits: int,
+    planes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`qgraft.kernels.reference.svdq_quantize`, and with `planes` the codes of a row as all even features and
+    then all odd ones, which is how the nibbles of the packed weight come apart."""
+    op = "svdq_quantize"
+    m, k = x.shape
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    if group_size not in (16, 32, 64, 128, 256):
+        raise ValueError(f"{op}: group_size must be 16, 32, 64, 128 or 256, got {group_size}")
+    if act_bits not in (4, 8):
+        raise ValueError(f"{op}: act_bits must be 4 or 8, got {act_bits}")
+    if padded < k or padded % group_size:
+        raise ValueError(f"{op}: padded must be a multiple of {group_size} and at least {k}, got {padded}")
+    x = require(op, "x", x, FLOATS, m, k)
+    smooth_factor = require(op, "smooth_factor", smooth_factor, (torch.float32,), k)
+    proj_down = require(op, "proj_down", proj_down, FLOATS, k, rank) if rank else None
+
+    codes = x.new_empty(m, padded, dtype=torch.int8)
+    scales = 1 if two_level or act_bits == 8 else padded // group_size
+    scale = x.new_empty(m, scales, dtype=torch.float32)
+    lora_act = x.new_empty(m, rank, dtype=torch.float32)
+    if m == 0:
+        return codes, scale, lora_act
+    tile = config(padded, rank, group_size, x.dtype, target_of(x))
+    projections = triton.cdiv(rank, tile["LORA_R"])
+    grid = (triton.cdiv(m, tile["LORA_M"]) * (projections + tile["LORA_M"]),)
+    with on_device(x):
+        svdq_quantize_kernel[grid](
+            x, smooth_factor, proj_down, codes, scale, lora_act, m, k, padded, rank,
+            GROUP=group_size, ROTATE=rotate, TWO_LEVEL=two_level, ACT_BITS=act_bits, PLANES=planes,
+            X_TERMS=TERMS[x.dtype] if smooth_factor is None else 3,
+            DOWN_TERMS=1 if proj_down is None else TERMS[proj_down.dtype],
+            **tile,
+        )  # fmt: skip
+    return codes, scale, lora_act

@@ -1,0 +1,86 @@
+"""W8A16: int8 weights, bfloat16 or float16 activations, one kernel for one token and for thousands.
+
+The weight is the first operand of the product (y^T = W x^T): tensor cores take that one from registers, where int8
+becomes bfloat16 on the way in. As the second operand it would be converted, written back to shared memory and read
+again, which costs more than the product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from .common import FLOATS, on_device, require, target_of, tile_of
+
+
+@triton.jit
+def w8a16_kernel(
+    x_ptr, qweight_ptr, scale_ptr, bias_ptr, y_ptr,
+    M, N, K,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    #                K                 BLOCK_M
+    #         .-------------.          .---.
+    # BLOCK_N |  qweight -->|    K  |  |x^T|        one program: acc (BLOCK_N, BLOCK_M),
+    #         '-------------'       v  |   |        stored transposed into y (M, N)
+    #                                  '---'
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+
+    # Rows past the end read the last row again: cheaper than a mask, and never stored.
+    x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[None, :] * K + offs_k[:, None]
+    w_ptrs = qweight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * K + offs_k[None, :]
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            w = tl.load(w_ptrs)
+            x = tl.load(x_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=offs_k[None, :] < K - k, other=0)
+            x = tl.load(x_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+        acc = tl.dot(w.to(x.dtype), x, acc)
+        w_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
+
+    mask_n = offs_n < N
+    y = acc * tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & mask_n[:, None])
+
+
+def config(m: int, target: GPUTarget) -> dict[str, int]:
+    """Tiles for m tokens. Few tokens: narrow tiles of weights, so that they spread over the whole device."""
+    if m <= 16:
+        tile = dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, num_warps=2, num_stages=4)
+    elif m <= 64:
+        tile = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4)
+    else:
+        tile = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4)
+    if target.backend == "hip":
+        tile |= dict(num_stages=2)
+    return tile | dict(GROUP_M=8)
+
+
+def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`qgraft.kernels.reference.w8_linear`; x is bfloat16 or float16."""
+    op = "w8a16_linear"
+    (m, k), n = x.shape, qweight.shape[0]
+    x = require(op, "x", x, (torch.bfloat16, torch.float16), m, k)
+    qweight = require(op, "qweight", qweight, (torch.int8,), n, k)
+    scale = require(op, "scale", scale, (torch.float32,), n)
+    bias = require(op, "bias", bias, FLOATS, n)
+    y = x.new_empty(m, n)
+    if y.numel() == 0:
+        return y
+    tile = config(m, target_of(x))
+    grid = (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
+    with on_device(x):
+        w8a16_kernel[grid](x, qweight, scale, bias, y, m, n, k, EVEN_K=k % tile["BLOCK_K"] == 0, **tile)
+    return y

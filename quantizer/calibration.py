@@ -1,0 +1,252 @@
+"""Run data through the model and collect what the schemes ask for.
+
+Layers that read the same tensor (q, k and v; gate and up) share one set of statistics, found by watching
+which tensors they get, not by their names.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..layers import Stats
+from ..recipes import CalibrationSpec
+from .errors import CalibrationError
+
+Batch = Any  # a tensor, a mapping of keyword arguments, or a tuple of positional ones
+Runner = Callable[[nn.Module], None]
+
+
+class _NotShared(Exception):
+    """A layer that shares statistics got something else than the layer it shares them with."""
+
+
+def make_runner(data: Any, spec: CalibrationSpec, tokenizer: Any = None, progress: bool = True) -> Runner:
+    """A function that runs the calibration data through a model.
+
+    data: a tensor or mapping (one batch); an iterable of tensors, mappings, tuples or texts, such as a
+    DataLoader or a list; or a function that takes the model and runs it, several times if the statistics take
+    several passes. Texts need a `tokenizer`. At most `spec.samples` sequences (of the first dimension) are
+    used, texts cut at `spec.tokens`; a batch whose tensors disagree in that dimension is used whole.
+    """
+    if callable(data) and not isinstance(data, (Tensor, Mapping)) and not hasattr(data, "__iter__"):
+
+        def run_function(model: nn.Module) -> None:
+            with _in_words("the calibration function failed"):
+                data(model)
+
+        return run_function
+    batches = _take(_as_batches(data, spec, tokenizer), spec.samples)
+    if not batches:
+        raise CalibrationError("the calibration data is empty")
+
+    def run(model: nn.Module) -> None:
+        device = next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        bar = tqdm(batches, "calibrate", disable=None if progress else True, leave=False)
+        for index, batch in enumerate(bar):
+            with _in_words(f"the model failed on calibration batch {index} ({_describe(batch)})"):
+                _call(model, _map(batch, lambda t: t.to(device)))
+
+    return run
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (_NotShared, CalibrationError):
+        raise
+    except Exception as error:
+        raise CalibrationError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def collect(
+    model: nn.Module, layers: dict[str, nn.Module], needs: dict[str, frozenset[str]], run: Runner
+) -> dict[str, Stats]:
+    """Statistics of the inputs of `layers` (by name) while `run` runs the model.
+
+    Layers that no data reached are not in the result. The model runs in eval mode, and gets its flags back.
+    """
+    training = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)  # it calls no layer, so there would be nothing to see
+    try:
+        with torch.no_grad():
+            stats = _collect(model, layers, needs, run, share=True)
+            return _collect(model, layers, needs, run, share=False) if stats is None else stats
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _collect(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    needs: dict[str, frozenset[str]],
+    run: Runner,
+    share: bool,
+) -> dict[str, Stats] | None:
+    """One pass over the data; None if two layers turned out to share only some of their inputs."""
+    watch = _Watch(needs, share)
+    handles = [m.register_forward_pre_hook(watch.hook(n), with_kwargs=True) for n, m in layers.items()]
+    try:
+        run(model)
+    except _NotShared:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return watch.result()
+
+
+class _Watch:
+    """Sees every call of the layers.
+
+    A follower is a layer whose first input was the first input of another, its leader, too. It shares the
+    leader's statistics, which is right only while each of its calls gets what the leader's got.
+    """
+
+    def __init__(self, needs: dict[str, frozenset[str]], share: bool):
+        self.needs, self.share = needs, share
+        self.stats: dict[str, Stats] = {}
+        self.calls: dict[str, int] = {}
+        self.leader_of: dict[str, str] = {}
+        self.last: tuple[str, Tensor, int | None] | None = None  # a layer, its input, the input's version
+        self.differs = False
+
+    def hook(self, name: str) -> Callable:
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            same = self.last is not None and _is_same(x, *self.last[1:])
+            leader = self.last[0] if same else None
+            if not self._follows(name, leader):
+                try:
+                    self.stats.setdefault(name, Stats(self.needs[name])).update(x)
+                except ValueError as error:
+                    raise CalibrationError(f"layer '{name or '(the model)'}': {error}") from None
+                if not same:
+                    self.last = (name, x, _version(x))
+            self.calls[name] = self.calls.get(name, 0) + 1
+
+        return see
+
+    def _follows(self, name: str, leader: str | None) -> bool:
+        """Whether the statistics of the leader, which just got this layer's input, can stand for its own."""
+        if name in self.leader_of:
+            if leader == self.leader_of[name] and self.calls[name] + 1 == self.calls[leader]:
+                return True
+            self.differs = True  # noted, not only raised: the model may catch what is raised in it
+            raise _NotShared
+        if not self.share or leader in (None, name) or name in self.stats:
+            return False
+        if self.calls[leader] > 1 or self.needs[name] != self.needs[leader]:
+            return False
+        self.leader_of[name] = leader
+        self.stats[name] = self.stats[leader]
+        return True
+
+    def result(self) -> dict[str, Stats] | None:
+        if self.differs or any(self.calls[n] != self.calls[leader] for n, leader in self.leader_of.items()):
+            return None
+        return {name: s for name, s in self.stats.items() if s.tokens}
+
+
+def _is_same(a: Tensor, b: Tensor, version: int | None) -> bool:
+    """Whether `a` holds what `b` held when it had that version."""
+    # `b` is held alive, so its memory cannot have been given to another tensor in between.
+    return version is not None and (
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and _version(a) == version
+    )
+
+
+def _version(x: Tensor) -> int | None:
+    """How often it was changed in place; None where torch does not count, in inference mode."""
+    return None if x.is_inference() else x._version
+
+
+def _as_batches(data: Any, spec: CalibrationSpec, tokenizer: Any) -> Iterable[Batch]:
+    if isinstance(data, str):
+        data = [data]
+    if isinstance(data, (Tensor, Mapping)):
+        return [data]
+    if not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"cannot calibrate with a {type(data).__name__}: give a list of tensors, mappings or texts, a "
+            "DataLoader, or a function that runs the model"
+        )
+    return (_tokenize(b, spec, tokenizer) if isinstance(b, str) else b for b in data)
+
+
+def _tokenize(text: str, spec: CalibrationSpec, tokenizer: Any) -> Batch:
+    if tokenizer is None:
+        raise CalibrationError("calibration texts need a tokenizer: quantize(..., tokenizer=tokenizer)")
+    return dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=spec.tokens))
+
+
+def _take(batches: Iterable[Batch], samples: int) -> list[Batch]:
+    taken, count = [], 0
+    for batch in batches:
+        if count >= samples:
+            break
+        sizes = [t.shape[0] for t in _tensors(batch) if t.ndim]
+        size, left = max(sizes, default=1), samples - count
+        if len({*sizes} - {1}) > 1:
+            size = sizes[0]
+        elif size > left:
+            batch = _cut(batch, size, left)
+        taken.append(batch)
+        count += max(1, size)
+    return taken
+
+
+def _cut(batch: Batch, size: int, left: int) -> Batch:
+    return _map(batch, lambda t: t[:left] if t.ndim and len(t) == size else t)
+
+
+def _values(batch: Batch) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [v for v in _values(batch) if isinstance(v, Tensor)]
+
+
+def _map(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with its tensors changed; a list becomes a tuple."""
+
+    def one(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return {key: one(value) for key, value in batch.items()}
+    return tuple(map(one, batch)) if isinstance(batch, (tuple, list)) else one(batch)
+
+
+def _call(model: nn.Module, batch: Batch) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def _describe(batch: Batch) -> str:
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{k}: {_describe(v)}" for k, v in batch.items())
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)} {batch.dtype}".replace("torch.", "")
+    if isinstance(batch, (tuple, list)):
+        return ", ".join(map(_describe, batch))
+    return type(batch).__name__

@@ -1,0 +1,282 @@
+"""Save and load: a folder with safetensors, config.json and report.json. No pickle, nothing executed.
+
+    out/config.json                    the model's own config if it has one, plus `quantization_config`
+    out/model.safetensors              or model-0000i-of-0000n.safetensors and model.safetensors.index.json
+    out/report.json
+
+`quantization_config` holds {"quant_method": "qgraft", "version": 1, "layers": {name: {scheme, options,
+shape}}, "tied": {name: name of the tensor it shares}, "files": {name: {size, sha256}}}.
+
+For each quantized layer the file also holds an empty tensor `<layer>.weight`: a client that ignores the
+quantization then stops at a wrong shape, where it would otherwise go on with random weights.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..layers import QuantLinear
+from .errors import CheckpointError
+from .report import Report
+
+VERSION = 1
+CONFIG, WEIGHTS, REPORT = "config.json", "model.safetensors", "report.json"
+INDEX = WEIGHTS + ".index.json"
+SHARD_BYTES = 5_000_000_000
+GUARD = "weight"
+# The types that every safetensors reader knows, by their names in the file.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    extra_files: Iterable[str | Path] = (),
+) -> None:
+    """Write a quantized model as a folder.
+
+    Atomic: everything is written to a folder beside `path`, which then takes its place; an error leaves the
+    old one whole. (A kill between the two renames leaves it beside `path`, as `.<name>.<random>.old`.) An
+    existing `path` must be an empty folder or a checkpoint of ours, whose other files are kept.
+    shard_bytes: the largest size of one safetensors file. extra_files: copied along (a tokenizer's, say).
+    Raises CheckpointError if the model has no quantized layer, or state that safetensors cannot hold.
+    """
+    path = Path(path).resolve()
+    layers = quantized_layers(model)
+    if not layers:
+        raise CheckpointError("the model has no quantized layer: call Quantizer(model).quantize(...) first")
+    check_target(path)
+    tensors, tied = _tensors(model)
+    for name in layers:
+        tensors[join(name, GUARD)] = torch.empty(0, dtype=torch.int8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    old = work.with_name(work.name + ".old")
+    try:
+        work.chmod(0o755)
+        _write_weights(work, tensors, shard_bytes)
+        Report.of(model).save(work / REPORT)
+        config = _model_config(model)
+        config["quantization_config"] = {
+            "quant_method": "qgraft",
+            "version": VERSION,
+            "layers": {name: _describe(layer) for name, layer in layers.items()},
+            "tied": tied,
+            "files": {f.name: _fingerprint(f) for f in sorted(work.glob("*.safetensors*"))},
+        }
+        _write_json(work / CONFIG, config)
+        for file in map(Path, extra_files):
+            if not (work / file.name).exists():
+                shutil.copy2(file, work / file.name)
+        if path.exists():
+            _keep_other_files(path, work)
+            os.replace(path, old)
+        os.replace(work, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for rest in (work, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers by name, a shared one once under each of its names."""
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The checked `quantization_config` of a checkpoint; CheckpointError says what is wrong with it."""
+    file = Path(path) / CONFIG
+    config = read_json(file)
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "qgraft":
+        raise CheckpointError(f"{file}: not a qgraft checkpoint (no quantization_config of ours)")
+    if quantization.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file}: written in version {quantization.get('version')!r} of the format, this qgraft reads "
+            f"version {VERSION}; upgrade qgraft"
+        )
+    for key, kind in (("layers", dict), ("tied", str), ("files", dict)):
+        entries = quantization.get(key)
+        if not isinstance(entries, dict):
+            raise CheckpointError(f"{file}: quantization_config.{key} is missing or no mapping")
+        for name, entry in entries.items():
+            if not isinstance(entry, kind):
+                raise CheckpointError(f"{file}: quantization_config.{key}[{name!r}] is a {type(entry).__name__}")
+    return quantization
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file, or CheckpointError."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; is this the folder that qgraft.save() wrote?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: holds no JSON object")
+    return data
+
+
+def fingerprint_matches(file: Path, recorded: Mapping[str, Any]) -> str:
+    """What is wrong with a file that was recorded as {size, sha256}; "" if nothing is."""
+    try:
+        if not file.is_file():
+            return f"{file}: missing"
+        size, was = file.stat().st_size, recorded.get("size")
+        if size != was:
+            return f"{file}: {size} bytes where {was!r} were written; copied in full?"
+        if _fingerprint(file) != dict(recorded):
+            return f"{file}: the checksum differs from the one recorded at saving; the file is damaged"
+    except OSError as error:
+        return f"{file}: cannot be read: {error}"
+    return ""
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _describe(layer: QuantLinear) -> dict[str, Any]:
+    return {
+        "scheme": layer.scheme_name,
+        "options": layer.scheme.model_dump(),
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+    }
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state by name, each shared tensor once, and which names share with which."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    storages: set[int] = set()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise CheckpointError(f"'{name}' of the model's state is a {kind}; only tensors can be saved")
+        if is_lazy(value):
+            raise CheckpointError(f"'{name}' has no value yet: run the model once before saving")
+        if value.is_meta:
+            raise CheckpointError(f"'{name}' is on the meta device: there is nothing to save")
+        if value.layout != torch.strided or value.is_quantized or value.dtype not in DTYPES:
+            what = f"{value.layout} tensor of {value.dtype}".replace("torch.", "")
+            raise CheckpointError(f"'{name}' is a {what}, which safetensors cannot hold")
+        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        if value.numel() and key in seen:
+            tied[name] = seen[key]
+            continue
+        seen[key] = name
+        tensor = value.detach().cpu().contiguous()
+        # Views of one memory that are not the same tensor are saved as tensors of their own.
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return tensors, tied
+
+
+def _model_config(model: nn.Module) -> dict[str, Any]:
+    """What Hugging Face models say of themselves; empty for other modules."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    config = dict(to_dict()) if callable(to_dict) else {}
+    config.pop("quantization_config", None)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if config.get("tie_word_embeddings") and isinstance(head, QuantLinear):
+        config["tie_word_embeddings"] = False  # it was untied
+    if config and not config.get("architectures"):
+        config["architectures"] = [type(model).__name__]
+    return config
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and used + size > shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        used += size
+    if len(shards) == 1:
+        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    index: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def check_target(path: Path) -> None:
+    """Raise CheckpointError if `save` could not write to `path`, before anybody works for hours."""
+    path = path.resolve()
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{path}: cannot be written, because {above} is no folder or is read-only")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: exists and is no folder")
+    if any(path.iterdir()):
+        try:
+            read_config(path)
+        except CheckpointError:
+            raise CheckpointError(
+                f"{path}: exists and holds something else than a qgraft checkpoint; give a new folder"
+            ) from None
+
+
+def _keep_other_files(path: Path, work: Path) -> None:
+    """Copy what is not of the old checkpoint itself; links stay links."""
+    ours = {CONFIG, REPORT, *(read_config(path)["files"] if any(path.iterdir()) else ())}
+    for file in path.iterdir():
+        if file.name in ours or os.path.lexists(work / file.name):
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.copytree(file, work / file.name, symlinks=True)
+        else:
+            shutil.copy2(file, work / file.name, follow_symlinks=False)
+
+
+def join(name: str, leaf: str) -> str:
+    return f"{name}.{leaf}" if name else leaf

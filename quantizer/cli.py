@@ -1,0 +1,248 @@
+"""The command line: `qgraft`, or `python -m qgraft.quantizer.cli`.
+
+Results go to stdout, messages and progress to stderr. Exit codes: 0 ok, 1 the work failed, 2 wrong usage,
+130 interrupted, 141 the reader of stdout went away. What a command imports is imported when it runs.
+"""
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_output import BROKEN_PIPE, FAILED, INTERRUPTED, exit_codes, set_debug
+
+app = typer.Typer(
+    name="qgraft",
+    help="Quantize the linear layers of a PyTorch model, as a recipe says.",
+    epilog="Example: qgraft quantize ./model --recipe w8a16 --out ./w8a16",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+class Dtype(str, Enum):
+    """Types that a float model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _debug(wanted: bool) -> bool:
+    if wanted:
+        set_debug(True)
+    return wanted
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"qgraft {__version__}")
+        raise typer.Exit
+
+
+ModelDir = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL_DIR", help="Folder of a Hugging Face model, or a .gguf file.", show_default=False),
+]
+RecipeName = Annotated[
+    str,
+    typer.Option("--recipe", "-r", metavar="R", help="Shipped recipe (see `qgraft recipes`) or a YAML file."),
+]
+Every = Annotated[bool, typer.Option("--every", help="One line a layer, even where they are alike.")]
+Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="Where to compute, such as cuda.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_debug)]
+
+
+@app.callback()
+def qgraft(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    set_debug(debug)
+
+
+@app.command()
+@exit_codes()
+def quantize(
+    model_dir: ModelDir,
+    recipe: RecipeName,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write: a new one, or an older result.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text like what the model will see, UTF-8; - for stdin."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop there.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Load the model in this type; auto: its own.")] = Dtype.auto,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model and save it, with its tokenizer.
+
+    Shows the plan, quantizes, and shows the error of each layer. All that can be refused is refused before
+    the weights are read. The calibration text is cut into sequences, as many and as long as the recipe says.
+
+    \b
+    Example: qgraft quantize ./model -r w4a4_svd --calibration news.txt --out ./w4a4
+    """
+    if out is None and not dry_run:
+        raise typer.BadParameter("say where to save the model, or give --dry-run", param_hint="'--out'")
+    where = _device(device)
+    from . import cli_quantize
+
+    cli_quantize.quantize(model_dir, recipe, out, calibration, dry_run, _torch_dtype(dtype), where)
+
+
+@app.command()
+@exit_codes()
+def plan(
+    model_dir: ModelDir, recipe: RecipeName, every: Every = False, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Show what a recipe would do to each layer.
+
+    Reads no weights, so that even the largest model takes seconds.
+
+    \b
+    Example: qgraft plan ./model -r my_recipe.yaml --every
+    """
+    from . import cli_quantize
+
+    cli_quantize.plan(model_dir, recipe, every, as_json)
+
+
+@app.command()
+@exit_codes()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.", show_default=False)] = None,
+    debug: Debug = False,
+) -> None:
+    """List the recipes that ship with qgraft, or print one.
+
+    What is printed is a recipe again, to start one of your own from.
+
+    \b
+    Example: qgraft recipes w4a4_svd > my_recipe.yaml
+    """
+    from . import cli_recipes
+
+    if name is None:
+        cli_recipes.list_recipes()
+    else:
+        cli_recipes.print_recipe(name)
+
+
+@app.command()
+@exit_codes()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized model.", show_default=False)],
+    every: Every = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is in a quantized model, and check it.
+
+    Compares the checksums of its files and reads their headers, but loads no weights.
+
+    \b
+    Example: qgraft inspect ./w4a4 --json
+    """
+    from . import cli_inspect
+
+    cli_inspect.inspect(folder, every, as_json)
+
+
+@app.command("eval")
+@exit_codes()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model, quantized or not.", show_default=False)],
+    text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on, UTF-8; - for stdin.")] = "-",
+    original: Annotated[Path | None, typer.Option(metavar="MODEL_DIR", help="The model that it was made from.")] = None,
+    window: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens that the model sees at once.")] = 512,
+    limit: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Use the first N tokens of the text only.")
+    ] = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how good a model is on a text.
+
+    A causal language model: its perplexity, and if --original is given, that of the original and the ratio
+    of the two. Any other: the mean cosine of its vectors to those of --original, over the lines of the text.
+
+    \b
+    Example: qgraft eval ./w4a4 --original ./model --text news.txt --limit 8192
+    """
+    if text == "-" and sys.stdin.isatty():
+        raise typer.BadParameter("give a file, or text on stdin", param_hint="'--text'")
+    where = _device(device)
+    from . import cli_eval
+
+    cli_eval.run(folder, text, original, window, limit, where)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@exit_codes()
+def bench(context: typer.Context) -> None:
+    """Time every layer against F.linear on this machine.
+
+    \b
+    Example: qgraft bench --scheme w8a16 --shape 4096x4096 --tokens 1,16
+    """
+    from ..benchmarks import run
+
+    raise typer.Exit(run.main(context.args))
+
+
+def _device(text: str | None):
+    if text is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"{text}: {reason}", param_hint="'--device'") from None
+    return device
+
+
+def _torch_dtype(dtype: Dtype):
+    import torch
+
+    return None if dtype is Dtype.auto else getattr(torch, dtype.value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        app(args=argv, prog_name="qgraft")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else FAILED if stop.code else 0
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes again at exit, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Load a checkpoint into a model: all is checked first, then all is put in place, or nothing."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..layers import SCHEMES, QuantLinear
+from ..recipes import suggest
+from .checkpoint import (
+    CONFIG,
+    DTYPES,
+    GUARD,
+    INDEX,
+    REPORT,
+    WEIGHTS,
+    fingerprint_matches,
+    join,
+    read_config,
+    read_json,
+)
+from .errors import CheckpointError
+from .report import Report
+from .surgery import FLOATS, Site, find_sites, replace
+
+SHOW = 5
+# What `save` calls its files; nothing else is opened, whatever a config or an index names.
+WEIGHT_FILE = re.compile(r"model(-\d{5,9}-of-\d{5,9})?\.safetensors")
+NAMED_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
+
+Kind = tuple[tuple[int, ...], torch.dtype | None]  # shape and type; None: no type that `save` writes
+
+
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | Callable[[], nn.Module],
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Load what `save` wrote.
+
+    model: the original float model with any weights, also on the meta device, or a function that builds it.
+    Its linear layers are replaced in place and its tensors by those of the files (in their dtypes); it is
+    returned.
+    device: where to load the tensors, e.g. "cuda"; otherwise where the model is, CPU for a model on meta.
+    Strict: a missing, unexpected, misshaped or damaged tensor, an unknown version or scheme raises
+    CheckpointError, and the model is then as it was.
+    """
+    path = Path(path)
+    quantization = read_config(path)
+    files = weight_files(path, quantization["files"])
+    if not isinstance(model, nn.Module):
+        model = model()
+        if not isinstance(model, nn.Module):
+            kind = type(model).__name__
+            raise TypeError(f"the factory given as model= returned a {kind}, not an nn.Module")
+    entries, tied = quantization["layers"], quantization["tied"]
+    sites = _check_places(path, model, entries)
+    layers = {name: _build(path, name, entry) for name, entry in entries.items()}
+    _check_tensors(path, _expected(path, model, layers), read_kinds(files), tied, layers)
+    _check_meta(path, model)
+    reports = read_reports(path)
+    # From here on the files are known to fit.
+    tensors = _read_tensors(files, torch.device(device) if device is not None else _device_of(model))
+    state = {name: t for name, t in tensors.items() if not _is_guard(name, layers)}
+    state.update({name: tensors[source] for name, source in tied.items()})
+    with _all_or_nothing(model):
+        for site in sites:
+            layer = layers[site.name]
+            layer.report = reports.get(site.name)
+            if layer.bias is not None and site.module.bias is not None:
+                layer.bias.requires_grad_(site.module.bias.requires_grad)
+            model = replace(model, site.names, layer)
+        try:
+            model.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} is not for this model: {error}") from None
+        _tie_again(model, tied)
+    return model if device is None else model.to(device)
+
+
+def weight_files(path: Path, recorded: dict[str, dict]) -> list[Path]:
+    """The weight files, all of which match their checksums."""
+    _check_file_names(path / CONFIG, [name for name in recorded if name != INDEX])
+    _raise(fingerprint_matches(path / name, entry) for name, entry in recorded.items())
+    names = [WEIGHTS]
+    if INDEX in recorded:
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path / INDEX}: has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        _check_file_names(path / INDEX, names)
+    _raise(f"{path / name}: not recorded in {CONFIG}" for name in names if name not in recorded)
+    return [path / name for name in names]
+
+
+def _check_file_names(where: Path, names: list[str]) -> None:
+    strange = [repr(name) for name in names if not WEIGHT_FILE.fullmatch(name)]
+    if strange:
+        raise CheckpointError(f"{where}: names files that qgraft does not write, refused: {_some(strange)}")
+
+
+def _check_places(path: Path, model: nn.Module, entries: dict[str, dict]) -> list[Site]:
+    """The linear layers to replace, each once; CheckpointError where the model has no such layers."""
+    # Not get_submodule, which would run the properties that a file names.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites = {name: site for site in find_sites(model) for name in site.names}
+    problems = []
+    for name, entry in entries.items():
+        if name not in modules:
+            near = suggest(name, sites)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            problems.append(f"no layer {name!r} in the model{hint}")
+            continue
+        if name not in sites:
+            problems.append(f"{name!r} is a {type(modules[name]).__name__} in the model, not a linear layer")
+            continue
+        site = sites[name]
+        here, there = _shape(site.module), (entry.get("out_features"), entry.get("in_features"))
+        if site.obstacle:
+            problems.append(f"{name!r} cannot be replaced: {site.obstacle}")
+        elif here != there:
+            problems.append(f"{name!r} is {_times(here)} in the model, {_times(there)} in the checkpoint")
+        elif any(entries.get(other) != entry for other in site.names):
+            problems.append(f"{' and '.join(map(repr, site.names))} are one layer in the model, not in the checkpoint")
+    _raise(problems, path)
+    return list({id(sites[name]): sites[name] for name in entries}.values())
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
+
+
+def _times(shape: tuple[Any, Any]) -> str:
+    return " x ".join(map(repr, shape))
+
+
+def _build(path: Path, name: str, entry: dict[str, Any]) -> QuantLinear:
+    """An empty layer on meta, from its entry in the config; its shape is known to be the model's."""
+    where = f"{path / CONFIG}: layer {name!r}"
+    missing = {"scheme", "options", "dtype", "in_features", "out_features", "bias"} - entry.keys()
+    if missing:
+        raise CheckpointError(f"{where}: the entry has no {', '.join(sorted(missing))}")
+    scheme, options, dtype, bias = (entry[key] for key in ("scheme", "options", "dtype", "bias"))
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
+        near = suggest(str(scheme), SCHEMES)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise CheckpointError(f"{where}: no scheme {scheme!r} in this qgraft{hint}; upgrade qgraft?")
+    if not isinstance(dtype, str) or dtype not in NAMED_FLOATS:
+        raise CheckpointError(f"{where}: dtype {dtype!r} is none of {', '.join(NAMED_FLOATS)}")
+    if not isinstance(bias, bool) or not isinstance(options, dict):
+        raise CheckpointError(f"{where}: bias must be true or false, and options a mapping")
+    cls, (k, n) = SCHEMES[scheme], (entry["in_features"], entry["out_features"])
+    try:
+        return cls(k, n, bias, scheme=cls.Scheme(**options), device="meta", dtype=NAMED_FLOATS[dtype])
+    except (TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _expected(path: Path, model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, Kind]:
+    """Shape and type, by name, of every tensor that the model will want once its layers are replaced."""
+    inside = tuple(join(name, "") for name in layers)
+    kinds: dict[str, Kind] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(inside):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: '{name}' of the model's state is no tensor; no checkpoint holds it")
+        if is_lazy(tensor):
+            raise CheckpointError(f"{path}: '{name}' of the model has no shape yet: run the model once first")
+        kinds[name] = tuple(tensor.shape), tensor.dtype
+    for name, layer in layers.items():
+        kinds.update({join(name, k): (tuple(t.shape), t.dtype) for k, t in layer.state_dict().items()})
+    return kinds
+
+
+def read_kinds(files: list[Path]) -> dict[str, Kind]:
+    """Shape and type, by name, of every tensor in the files; only their headers are read."""
+    kinds: dict[str, Kind] = {}
+    for file in files:
+        with _open(file, "cpu") as stream:
+            for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+                if name in kinds:
+                    raise CheckpointError(f"{file}: holds {name!r}, which another file holds too")
+                part = stream.get_slice(name)
+                kinds[name] = tuple(part.get_shape()), BY_CODE.get(part.get_dtype())
+    return kinds
+
+
+@contextmanager
+def _open(file: Path, device: str) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt", device=device) as stream:
+            yield stream
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: no readable safetensors file: {error}") from None
+
+
+def _check_tensors(
+    path: Path, expected: dict[str, Kind], found: dict[str, Kind], tied: dict[str, str], layers: dict
+) -> None:
+    found = {name: kind for name, kind in found.items() if not _is_guard(name, layers)}
+    problems = [f"{n!r} is tied to {s!r}, which is missing" for n, s in tied.items() if s not in found]
+    problems += [f"{n!r} is tied to {s!r}, and has a value of its own too" for n, s in tied.items() if n in found]
+    found |= {name: found[source] for name, source in tied.items() if source in found}
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+    if extra:
+        problems.append(f"{len(extra)} tensors are not the model's: {_some(extra)}")
+    for name in sorted(expected.keys() & found.keys()):
+        (shape, dtype), (file_shape, file_dtype) = expected[name], found[name]
+        if shape != file_shape:
+            problems.append(f"{name!r} has shape {file_shape} in the file, {shape} in the model")
+        elif dtype != file_dtype and not (dtype in FLOATS and file_dtype in FLOATS):
+            problems.append(f"{name!r} is {file_dtype or 'of an unknown type'} in the file, {dtype} in the model")
+    _raise(problems, path)
+
+
+def _is_guard(name: str, layers: dict) -> bool:
+    prefix, _, leaf = name.rpartition(".")
+    return leaf == GUARD and prefix in layers
+
+
+def _read_tensors(files: list[Path], device: torch.device) -> dict[str, Tensor]:
+    tensors = {}
+    for file in files:
+        with _open(file, str(device)) as stream:
+            tensors.update({name: stream.get_tensor(name) for name in stream.keys()})  # noqa: SIM118
+    return tensors
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+
+def _check_meta(path: Path, model: nn.Module) -> None:
+    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    persistent = model.state_dict().keys()  # all of these get a value, or belong to a layer that is replaced
+    left = [n for n in left if n not in persistent]
+    if left:
+        raise CheckpointError(
+            f"{path}: the model computes {_some(left)} when it is built, and no checkpoint holds them; build "
+            "the model on CPU instead of meta"
+        )
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Puts every module's own state back if the block fails: whatever fails, nothing is half loaded."""
+    own = ("_parameters", "_buffers", "_modules")
+    before = {m: (dict(m.__dict__), [dict(m.__dict__[key]) for key in own]) for m in model.modules()}
+    try:
+        yield
+    except BaseException:
+        for module, (attributes, parts) in before.items():
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for key, part in zip(own, parts, strict=True):
+                module.__dict__[key].clear()
+                module.__dict__[key].update(part)
+        raise
+
+
+def _tie_again(model: nn.Module, tied: dict[str, str]) -> None:
+    """`assign` made a parameter of its own of each name; make tied ones one again."""
+    for name, source in tied.items():
+        owner, _, leaf = name.rpartition(".")
+        other, _, other_leaf = source.rpartition(".")
+        parameters = model.get_submodule(owner)._parameters
+        parameter = model.get_submodule(other)._parameters.get(other_leaf)
+        if parameter is not None and leaf in parameters:
+            parameters[leaf] = parameter
+
+
+def read_reports(path: Path) -> dict[str, Any]:
+    file = path / REPORT
+    if not file.exists():
+        return {}
+    try:
+        return {row.name: row for row in Report.from_dict(read_json(file)).layers}
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+
+
+def _raise(problems: Iterable[str], path: Path | None = None) -> None:
+    problems = [problem for problem in problems if problem]
+    if problems:
+        head = f"{path} is not for this model:\n" if path else ""
+        raise CheckpointError(head + _some(problems, "\n"))
+
+
+def _some(items: list[str], between: str = ", ") -> str:
+    more = f"{between}... and {len(items) - SHOW} more" if len(items) > SHOW else ""
+    return between.join(items[:SHOW]) + more

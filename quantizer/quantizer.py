@@ -1,0 +1,177 @@
+"""class Quantizer: read a recipe, look at the model, replace each layer that a rule means."""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..layers import SCHEMES, Stats
+from ..recipes import Recipe, load_recipe
+from . import calibration as calibrate
+from .errors import CalibrationError, PlanError, QuantizeError
+from .plan import Plan, PlannedLayer, make_plan
+from .report import Report, measure
+from .surgery import replace
+
+# Second moments of the layers calibrated in one pass over the data; more layers take more passes.
+STATS_BYTES = 1 << 30
+
+
+class Quantizer:
+    """Quantizes the linear layers of a model.
+
+    model: any `nn.Module`, on CPU or GPU, in float32, bfloat16 or float16.
+    """
+
+    def __init__(self, model: nn.Module):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Quantizer takes an nn.Module, got {type(model).__name__}")
+        self.model = model
+
+    @property
+    def report(self) -> Report:
+        """Error, size and time of each layer quantized so far."""
+        return Report.of(self.model)
+
+    def plan(self, recipe: str | Path | Recipe) -> Plan:
+        """What `quantize` would do, without touching anything; also works on a model on the meta device.
+
+        recipe: a shipped name ("w4a4_svd"), the path of a YAML file, or a Recipe.
+        Raises RecipeError or PlanError with every problem, with file and line.
+        """
+        return make_plan(self.model, load_recipe(recipe))
+
+    def quantize(
+        self,
+        recipe: str | Path | Recipe,
+        *,
+        calibration: Any = None,
+        tokenizer: Any = None,
+        inplace: bool = True,
+        progress: bool = True,
+    ) -> nn.Module:
+        """Quantize as the recipe says, and return the model.
+
+        calibration: a tensor or dict (one batch), a list of tensors, dicts or tuples, a DataLoader, a
+        function that takes the model and runs it, or a list of texts together with `tokenizer`. Without it,
+        schemes that want data work from the weights alone.
+        inplace: False quantizes a copy (and needs the memory for it); `self.model` is then the copy.
+        progress: bars for calibration and layers, shown on a terminal only.
+
+        Memory: each float weight is released as its layer is replaced, so the peak stays under the model and
+        one layer's working set, plus up to 1 GiB of statistics if there is calibration data.
+        Interrupted or failed, every layer is either the original or finished; calling again goes on from
+        there. Raises RecipeError and PlanError before anything is touched, CalibrationError if the data does
+        not run, and QuantizeError if a layer fails.
+        """
+        plan = self.plan(recipe)
+        _check_weights(self.model, plan)
+        if not inplace:
+            self.model = copy.deepcopy(self.model)
+        if not plan.todo:
+            warnings.warn(f"recipe {plan.recipe.name}: no layer is left to quantize; see plan()", stacklevel=2)
+        run = None
+        if calibration is not None:
+            run = calibrate.make_runner(calibration, plan.recipe.calibration, tokenizer, progress)
+        _check_data(plan, run)
+        done = 0
+        with tqdm(total=len(plan.todo), desc="quantize", disable=None if progress else True) as bar:
+            for wave in _waves(plan.todo, calibrated=run is not None):
+                stats = self._collect(wave, run)
+                for planned in wave:
+                    bar.set_postfix_str(planned.name, refresh=True)
+                    try:
+                        self._graft(planned, stats.get(planned.name))
+                    except (Exception, KeyboardInterrupt) as error:
+                        raise _explain(error, planned, done, len(plan.todo)) from error
+                    stats.pop(planned.name, None)
+                    done += 1
+                    bar.update()
+        return self.model
+
+    def _collect(self, wave: list[PlannedLayer], run: calibrate.Runner | None) -> dict[str, Stats]:
+        if run is None:
+            return {}
+        wanted = {p.name: SCHEMES[p.scheme_name].needs for p in wave}
+        stats = calibrate.collect(self.model, {n: self.model.get_submodule(n) for n in wanted}, wanted, run)
+        missed = [planned for planned in wave if planned.name not in stats]
+        for planned in missed:
+            if complaint := planned.scheme.needs_data():
+                raise CalibrationError(
+                    f"layer '{planned.label}': the calibration data does not reach it, and {complaint}"
+                )
+        if missed:
+            names = ", ".join(p.label for p in missed[:3]) + (", ..." if len(missed) > 3 else "")
+            warnings.warn(
+                f"the calibration data did not reach {names} ({len(missed)} in all): quantized from the weights alone",
+                stacklevel=3,
+            )
+        return stats
+
+    def _graft(self, planned: PlannedLayer, stats: Stats | None) -> None:
+        start = time.perf_counter()
+        linear = self.model.get_submodule(planned.name)
+        cls = SCHEMES[planned.scheme_name]
+        layer = cls.from_linear(linear, planned.scheme, stats=stats)
+        seconds = time.perf_counter() - start
+        layer.report = measure(planned.name, linear, layer, stats, planned.bytes_before, seconds)
+        if not math.isfinite(layer.report.weight_error):
+            raise ArithmeticError("the quantized weight is not finite")
+        self.model = replace(self.model, planned.names, layer)
+
+
+def _waves(todo: tuple[PlannedLayer, ...], calibrated: bool) -> Iterator[list[PlannedLayer]]:
+    """Layers whose statistics are collected in one pass over the data, bounded in memory."""
+    wave: list[PlannedLayer] = []
+    used = 0
+    for planned in todo:
+        moment = "second_moment" in SCHEMES[planned.scheme_name].needs
+        cost = 4 * planned.in_features**2 if calibrated and moment else 0
+        if wave and used + cost > STATS_BYTES:
+            yield wave
+            wave, used = [], 0
+        wave.append(planned)
+        used += cost
+    if wave:
+        yield wave
+
+
+def _check_weights(model: nn.Module, plan: Plan) -> None:
+    problems = []
+    for planned in plan.todo:
+        weight = model.get_submodule(planned.name).weight.detach()
+        if weight.is_meta:
+            problems.append(f"layer '{planned.label}' is on the meta device: load the model's weights first")
+        elif not torch.isfinite(weight).all():
+            problems.append(f"layer '{planned.label}' has NaN or infinite weights")
+    if problems:
+        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise PlanError("\n".join(problems[:10]) + more)
+
+
+def _check_data(plan: Plan, run: calibrate.Runner | None) -> None:
+    """Options that cannot do without calibration data are found before the first layer, not at it."""
+    if run is not None:
+        return
+    for planned in plan.todo:
+        complaint = planned.scheme.needs_data()
+        if complaint:
+            raise CalibrationError(f"layer '{planned.label}': {complaint}")
+
+
+def _explain(error: BaseException, planned: PlannedLayer, done: int, total: int) -> BaseException:
+    what = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    shape = f"{planned.out_features} x {planned.in_features}"
+    progress = f"{done} of {total} layers are done"
+    message = (
+        f"layer '{planned.label}' ({planned.scheme_name}, {shape}): {what}. {progress}, "
+        "this one and the others are as they were; call quantize() again to go on."
+    )
+    return KeyboardInterrupt(message) if isinstance(error, KeyboardInterrupt) else QuantizeError(message)

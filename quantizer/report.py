@@ -1,0 +1,140 @@
+"""What happened to each layer: error, size, time. Rides on the layers, so a copy or a pickle keeps it."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import QuantLinear, Stats, storage_bytes
+from . import tables
+
+# A norm below this counts as zero in a ratio.
+TINY = 1e-15
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    weight_error: |W - W_dequantized| / |W|, Frobenius norms. output_sqnr: 10 log10(|y|^2 / |y - y_q|^2) in dB
+    on a sample of calibration tokens, activation quantization included; None without data, or where the
+    output overflows. tokens: how many calibration tokens the layer saw. seconds: time to quantize it.
+    """
+
+    name: str
+    scheme: str
+    in_features: int
+    out_features: int
+    weight_error: float
+    output_sqnr: float | None
+    bytes_before: int
+    bytes_after: int
+    tokens: int
+    seconds: float
+
+
+ROWS = TypeAdapter(tuple[LayerReport, ...])
+
+
+@dataclass(frozen=True)
+class Report:
+    """The layers that were quantized, in the model's order. `print(report)` shows a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Report":
+        """Collect the reports that the quantized layers of a model carry."""
+        found = (m.report for m in model.modules() if isinstance(m, QuantLinear))
+        return cls(tuple(r for r in found if isinstance(r, LayerReport)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Report":
+        """The inverse of `to_dict`; pydantic's ValidationError for entries of a wrong type."""
+        return cls(ROWS.validate_python(data["layers"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"version": 1, "layers": [asdict(row) for row in self.layers]}
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def table(self, every: bool = False) -> Table:
+        """A rich table; layers that differ only in numbers stand in one line (mean errors) unless `every`."""
+        return tables.report_table(self, every)
+
+    def summary(self) -> str:
+        before, after = (sum(getattr(r, a) for r in self.layers) for a in ("bytes_before", "bytes_after"))
+        if not self.layers:
+            return "no layer was quantized"
+        worst = max(self.layers, key=lambda r: r.weight_error)
+        ratio = f", {before / after:.2f}x" if after else ""
+        return (
+            f"{len(self.layers)} layers: {tables.size(before)} -> {tables.size(after)}{ratio}, "
+            f"{sum(r.seconds for r in self.layers):.1f} s; largest weight error "
+            f"{100 * worst.weight_error:.2f} % in {worst.name or 'the model'}"
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draw error and SQNR per layer into a PNG or SVG file (extra `report`)."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("report.plot() needs matplotlib: pip install 'qgraft[report]'") from None
+        measured = [r.output_sqnr is not None for r in self.layers]
+        figure = Figure(figsize=(9, 5 if any(measured) else 3), layout="constrained")
+        axes = figure.subplots(2 if any(measured) else 1, 1, sharex=True, squeeze=False)[:, 0]
+        index = range(len(self.layers))
+        axes[0].bar(index, [100 * r.weight_error for r in self.layers])
+        axes[0].set_ylabel("weight error, %")
+        if any(measured):
+            axes[1].bar(index, [r.output_sqnr or 0 for r in self.layers], color="tab:green")
+            axes[1].set_ylabel("output SQNR, dB")
+        axes[-1].set_xlabel("quantized layer, in the model's order")
+        figure.savefig(path)
+
+    def __str__(self) -> str:
+        return tables.to_text(self.table())
+
+
+def measure(
+    name: str, linear: nn.Linear, layer: QuantLinear, stats: Stats | None, bytes_before: int, seconds: float
+) -> LayerReport:
+    """Compare a quantized layer with the float one it came from."""
+    weight = linear.weight.detach().float()
+    norm, error = _norm(weight), _norm(layer.dequantize() - weight)
+    return LayerReport(
+        name=name,
+        scheme=layer.scheme_name,
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        weight_error=error / norm if norm else 0.0,
+        output_sqnr=None if stats is None else _sqnr(linear, layer, stats.sample),
+        bytes_before=bytes_before,
+        bytes_after=storage_bytes(layer),
+        tokens=0 if stats is None else stats.tokens,
+        seconds=seconds,
+    )
+
+
+def _norm(x: Tensor) -> float:
+    # Summed in float64: the square of a large float32 weight is infinite.
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
+
+
+@torch.no_grad()
+def _sqnr(linear: nn.Linear, layer: QuantLinear, sample: Tensor) -> float | None:
+    bias = None if linear.bias is None else linear.bias.detach().float()
+    exact = F.linear(sample, linear.weight.detach().float(), bias)
+    signal, noise = _norm(exact), _norm(layer(sample.to(layer.dtype)).float() - exact)
+    if not math.isfinite(signal) or not math.isfinite(noise):
+        return None  # the output is too large for the layer's type
+    return 20 * math.log10(max(signal, TINY) / max(noise, TINY))

@@ -1,0 +1,181 @@
+"""Find and swap linear layers. Knows modules and names, not numbers."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..layers import QuantLinear
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What `nn.Module.__call__` looks up on the module. The dicts move over as they are: a handle's `remove()`
+# refers to the very dict it was made for.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+# torch's fused paths read `.weight` and never call the layer, and the encoder's one hands nested tensors to
+# its layers; each is taken only while this attribute is true.
+FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+
+
+@dataclass
+class Site:
+    """A place where an `nn.Linear` (or what replaced one) is.
+
+    names: every path to the module, more than one where it is shared; the root's path is "".
+    obstacle: why it cannot be replaced, or "".
+    tied: names of the other parameters that share the weight's memory.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    obstacle: str = ""
+    tied: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def label(self) -> str:
+        """The name, for messages; the root has none."""
+        return self.name or "(the model)"
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every linear layer of the model, in the order of its modules, each module once."""
+    paths: dict[int, list[str]] = defaultdict(list)
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, QuantLinear)):
+            paths[id(module)].append(name)
+            modules[id(module)] = module
+    owners = _weight_owners(model)
+    adapters = _inside_adapters(model)
+    sites = []
+    for key, module in modules.items():
+        names = tuple(paths[key])
+        site = Site(names, module)
+        if not isinstance(module, QuantLinear):
+            site.obstacle = adapters.get(id(module)) or _obstacle(module)
+            site.tied = _tied(module, names, owners)
+        sites.append(site)
+    return sites
+
+
+def replace(model: nn.Module, names: tuple[str, ...], new: nn.Module) -> nn.Module:
+    """Put `new` where the modules `names` are; returns the model (`new` itself if it was the root).
+
+    All places or none: an interrupt in between puts the old module back.
+    """
+    _take_over(model.get_submodule(names[0]), new)
+    if "" in names:
+        return new
+    undo: list[tuple[dict, str, Any]] = []
+
+    # Not setattr: ModuleDict keys and Sequential indices are no attribute names, and a class may override it.
+    def put(where: dict[str, Any], key: str, value: Any) -> None:
+        undo.append((where, key, where[key]))
+        where[key] = value
+
+    try:
+        for name in names:
+            parent_name, _, leaf = name.rpartition(".")
+            put(model.get_submodule(parent_name)._modules, leaf, new)
+            for module in _ancestors(model, name):
+                for kind, switch in FUSED.items():
+                    if isinstance(module, kind) and module.__dict__.get(switch):
+                        put(module.__dict__, switch, False)
+    except BaseException:
+        for where, key, value in reversed(undo):
+            where[key] = value
+        raise
+    return model
+
+
+def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Hooks, training flag and whatever attributes the user hung on the old module."""
+    for hook in HOOKS:
+        setattr(new, hook, getattr(old, hook))
+    new.training = old.training
+    for key, value in old.__dict__.items():
+        if key not in new.__dict__ and not hasattr(type(new), key):
+            new.__dict__[key] = value
+
+
+def _obstacle(linear: nn.Linear) -> str:
+    kind = type(linear)
+    if kind.__name__ == "NonDynamicallyQuantizableLinear":
+        return "out_proj of nn.MultiheadAttention, whose forward reads the weight and never calls this layer"
+    if parametrize.is_parametrized(linear):
+        return "parametrized: its weight is computed at each access; remove_parametrizations() first"
+    if isinstance(linear.weight, nn.UninitializedParameter):
+        return "a lazy layer without weights yet: run the model once first"
+    if kind is not nn.Linear:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return f"{name} is a subclass of nn.Linear that may compute something else"
+    if "forward" in linear.__dict__:
+        return "its forward is replaced on the instance (accelerate hooks do so); remove that first"
+    extra = [*(set(linear._parameters) - {"weight", "bias"}), *linear._buffers, *linear._modules]
+    if extra:
+        return f"has more than weight and bias ({', '.join(sorted(extra))}), as weight_norm and pruning leave it"
+    if type(linear.weight) is not nn.Parameter or type(linear.weight.data) is not Tensor:
+        return f"its weight is a {type(linear.weight).__name__}, not a plain tensor"
+    if linear.weight.dtype not in FLOATS:
+        return f"its weight is {linear.weight.dtype}, not float"
+    return ""
+
+
+def _inside_adapters(model: nn.Module) -> dict[int, str]:
+    """Linear layers inside a PEFT adapter, which trains some and merges into others through `.weight`."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            for inner in module.modules():
+                if isinstance(inner, nn.Linear):
+                    found[id(inner)] = "inside a LoRA adapter: merge it first, or add the adapter after quantizing"
+    return found
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """What two tensors that share memory have in common; None for tensors without memory of their own."""
+    if tensor.is_meta:
+        return id(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):  # tensor subclasses without one storage
+        return None
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, nn.UninitializedParameter):
+            continue
+        key = _storage(parameter)
+        if key is not None:
+            owners[key].append(name)
+    return owners
+
+
+def _tied(linear: nn.Linear, names: tuple[str, ...], owners: dict[int, list[str]]) -> tuple[str, ...]:
+    if parametrize.is_parametrized(linear) or isinstance(linear.weight, nn.UninitializedParameter):
+        return ()
+    own = {f"{name}.{leaf}".lstrip(".") for name in names for leaf in ("weight", "bias")}
+    key = _storage(linear.weight)
+    return tuple(n for n in owners.get(key, ()) if n not in own) if key is not None else ()
