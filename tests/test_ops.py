@@ -116,6 +116,17 @@ def test_bf16_kernel_of_aten_is_never_given_rows_that_it_reads_past():
         assert ((ops.w8a16_linear(*args).double() - exact).norm() / exact.norm()) < 0.01
 
 
+@pytest.mark.parametrize("offset", [1, 8, 16, 64])
+def test_weights_that_start_anywhere_in_memory_work(offset):
+    """ATen's int8 kernel crashes the process on some of these."""
+    n, k = 192, 576
+    x, qweight, scale, _ = w8_args(torch.bfloat16, 8, k, n)
+    memory = torch.empty(n * k + 256, dtype=torch.int8)
+    start = -memory.data_ptr() % 64 + offset
+    moved = memory[start : start + n * k].view(n, k).copy_(qweight)
+    assert torch.allclose(ops.w8a16_linear(x, moved, scale, None), ops.w8a16_linear(x, qweight, scale, None), rtol=0.02)
+
+
 def test_int4_packing_round_trips_and_puts_the_even_code_low():
     codes = torch.randint(-8, 8, (3, 5, 34), dtype=torch.int8)
     assert torch.equal(unpack_int4(pack_int4(codes)), codes)

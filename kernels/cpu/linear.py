@@ -20,6 +20,9 @@ MANY_TOKENS = 64
 INT8PACK_MAX_TOKENS = 16
 # It reads past the end of rows that are no multiple of this (wrong sums or a crash, seen in torch 2.13).
 INT8PACK_FEATURES = 16
+# It crashes on operands that do not begin at a multiple of 16 or 32 bytes, such as tensors mapped from a file and
+# views. What torch allocates begins at a multiple of 64.
+INT8PACK_ALIGNMENT = 64
 # bfloat16 products are done by the hardware (AMX or AVX512-BF16) or else by slow emulation.
 FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
 
@@ -62,9 +65,11 @@ def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     has float32's range, so nothing overflows. float16 has not, and always goes through float32.
     """
     tokens, in_features = x.shape
-    if x.dtype is torch.bfloat16 and tokens <= INT8PACK_MAX_TOKENS and in_features % INT8PACK_FEATURES == 0:
+    packs = in_features % INT8PACK_FEATURES == 0 and qweight.data_ptr() % INT8PACK_ALIGNMENT == 0
+    if x.dtype is torch.bfloat16 and tokens <= INT8PACK_MAX_TOKENS and packs:
         one = torch.ones(qweight.shape[0], dtype=x.dtype)
-        y = torch._weight_int8pack_mm(x.contiguous(), qweight, one)
+        x = x.contiguous() if x.data_ptr() % INT8PACK_ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
+        y = torch._weight_int8pack_mm(x, qweight, one)
     else:
         fast = x.dtype is torch.bfloat16 and FAST_BF16
         y = _w8_blocks(x, qweight, torch.bfloat16 if fast else torch.float32)
