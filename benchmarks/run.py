@@ -33,6 +33,8 @@ BASELINES = {torch.float32: "F.linear float32", torch.bfloat16: "F.linear bfloat
 # Seconds of turns for each number of tokens, and their fewest and most: a median of less than 7 says little.
 BUDGET, ROUNDS = 2.0, (7, 200)
 
+Row = dict[str, Any]
+
 
 @dataclass
 class Candidate:
@@ -71,9 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = f"{row['error_formula']:.1e} to its own formula, {row['error_weights']:.1e} to F.linear"
         print(f"{row['scheme']} {n}x{k}, {row['tokens']} tokens: wrong result ({errors})", file=sys.stderr)
     return 1 if wrong else 0
-
-
-Row = dict[str, Any]
 
 
 @torch.no_grad()

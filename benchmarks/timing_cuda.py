@@ -19,7 +19,6 @@ COLD_BYTES = 256 << 20
 # A run of fewer calls than this would be close to what a CUDA event can resolve.
 LEAST_CALLS = 16
 
-
 Run = Callable[[], float]
 
 
@@ -29,7 +28,7 @@ def graph_and_eager(layer: nn.Module, x: Tensor, weight_bytes: int) -> tuple[Run
     calls = max(LEAST_CALLS, len(copies))
 
     def sweep() -> None:
-        for module, _ in zip(itertools.cycle(copies), range(calls), strict=False):
+        for module in itertools.islice(itertools.cycle(copies), calls):
             module(x)
 
     # Kernels are compiled and layouts derived before the capture, on a side stream as capturing asks for.

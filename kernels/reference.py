@@ -125,10 +125,7 @@ def svdq_gemm(
         y = (codes.double() @ folded.t()) * act_scale * scale
     else:
         act = codes.unflatten(-1, (-1, group_size)).double() * act_scale[..., None]
-        y = (
-            act.flatten(-2)
-            @ (weight.unflatten(-1, (-1, group_size)).double() * scale[..., None]).flatten(-2).t()
-        )
+        y = act.flatten(-2) @ (weight.unflatten(-1, (-1, group_size)).double() * scale[..., None]).flatten(-2).t()
     if proj_up is not None:
         y = y + lora_act.double() @ proj_up.double().t()
     return add_bias(y, bias).to(out_dtype)
@@ -158,9 +155,7 @@ def svdq_linear(
         group_scale is not None,
         act_bits,
     )
-    return svdq_gemm(
-        codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, group_size, x.dtype
-    )
+    return svdq_gemm(codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, group_size, x.dtype)
 
 
 def svdq_residual(qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_size: int) -> Tensor:

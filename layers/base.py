@@ -73,9 +73,7 @@ class QuantLinear(nn.Module):
     ):
         super().__init__()
         if in_features < 1 or out_features < 1:
-            raise ValueError(
-                f"a layer needs at least one feature on each side, got {in_features} -> {out_features}"
-            )
+            raise ValueError(f"a layer needs at least one feature on each side, got {in_features} -> {out_features}")
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = self.make_scheme(scheme, **options)
@@ -114,9 +112,7 @@ class QuantLinear(nn.Module):
         """A checked Scheme from keywords; ValueError names each bad option."""
         if scheme is not None:
             if options:
-                raise ValueError(
-                    f"{cls.__name__}: give either scheme= or options, not both: {sorted(options)}"
-                )
+                raise ValueError(f"{cls.__name__}: give either scheme= or options, not both: {sorted(options)}")
             if not isinstance(scheme, cls.Scheme):
                 raise ValueError(f"{cls.__name__} takes a {cls.__name__}.Scheme, got {type(scheme).__name__}")
             return scheme

@@ -81,6 +81,8 @@ def save(
         work.chmod(0o755)
         _write_weights(work, tensors, shard_bytes)
         Report.of(model).save(work / REPORT)
+        for file in work.glob("*.safetensors"):
+            shutil.copymode(work / REPORT, file)  # safetensors lets nobody but the owner read what it writes
         config = _model_config(model)
         config["quantization_config"] = {
             "quant_method": "qgraft",

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_output import BROKEN_PIPE, FAILED, INTERRUPTED, exit_codes, set_debug
+from .cli_output import BROKEN_PIPE, FAILED, INTERRUPTED, exit_codes, say, set_debug
 
 app = typer.Typer(
     name="qgraft",
@@ -96,7 +96,7 @@ def quantize(
     the weights are read. The calibration text is cut into sequences, as many and as long as the recipe says.
 
     \b
-    Example: qgraft quantize ./model -r w4a4_svd --calibration news.txt --out ./w4a4
+    Example: qgraft quantize ./model -r w4a4_svd --calibration t.txt --out ./out
     """
     if out is None and not dry_run:
         raise typer.BadParameter("say where to save the model, or give --dry-run", param_hint="'--out'")
@@ -236,11 +236,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
         # Python flushes again at exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = BROKEN_PIPE
+        if isinstance(error, BrokenPipeError):
+            return BROKEN_PIPE
+        say(f"error: standard output: {error.strerror}")
+        return FAILED
     return code
 
 

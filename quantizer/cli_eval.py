@@ -66,7 +66,7 @@ class _Evaluation:
             value = evaluate.perplexity(model, tokens, self.window, progress=True)
             ratio = f"{value / first:.4f}" if first else "1" if self.original else "-"
             first = first or value
-            table.add_row(str(folder), tables.size(storage_bytes(model)), f"{value:.4g}", ratio)
+            table.add_row(str(folder), tables.size(storage_bytes(model)), f"{value:.2f}", ratio)
             del model
         return table, f"{len(tokens)} tokens in windows of {self.window}; lower is better"
 

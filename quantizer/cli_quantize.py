@@ -18,8 +18,8 @@ from .quantizer import Quantizer
 
 
 def plan(model_dir: Path, recipe: str, every: bool, as_json: bool) -> None:
-    source = ModelFolder(model_dir)
-    planned = _plan(source, load_recipe(recipe), None)
+    spec = load_recipe(recipe)
+    planned = _plan(ModelFolder(model_dir), spec, None)
     if as_json:
         show_json(planned.to_dict())
     else:

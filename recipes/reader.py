@@ -119,8 +119,7 @@ def _convert(node: yaml.Node, line: int, source: str, loader: _Loader, problems:
             continue
         if key in children:
             problems.append(
-                f"{source}:{here}: the key {spell(key)} stands on line {children[key].line} "
-                f"and again on line {here}"
+                f"{source}:{here}: the key {spell(key)} stands on line {children[key].line} and again on line {here}"
             )
             continue
         children[key] = _convert(value_node, here, source, loader, problems)

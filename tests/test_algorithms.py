@@ -130,9 +130,7 @@ def test_gptq_equals_the_textbook_column_loop():
             error = (todo[:, j] - codes[:, j] * step) / inverse[0, 0]
             todo[:, j + 1 :] -= error[:, None] * inverse[0, 1:]
             inverse = (inverse - inverse[:, :1] @ inverse[:1] / inverse[0, 0])[1:, 1:]
-        assert (
-            fast[:, order].double() == codes
-        ).double().mean() > 0.97  # float32 against float64, ties and all
+        assert (fast[:, order].double() == codes).double().mean() > 0.97  # float32 against float64, ties and all
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -155,9 +153,7 @@ def test_smooth_factors_balance_and_survive_dead_channels():
     half = smooth_by_activations(weight, top, 0.5)
     live = (top > 0) & (weight.abs().amax(0) > 0)
     ratio = (top / half) / (weight * half).abs().amax(0)
-    assert (
-        ratio[live].max() / ratio[live].min() < 1.001
-    )  # alpha 0.5 makes both sides equally wide, up to a constant
+    assert ratio[live].max() / ratio[live].min() < 1.001  # alpha 0.5 makes both sides equally wide, up to a constant
 
 
 def test_stats_are_those_of_all_tokens():

@@ -1,7 +1,9 @@
 """Checkpoints whose files or config are damaged or forged: an error that names them, and nothing half loaded."""
 
+import ast
 import hashlib
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import qgraft
 from qgraft import Quantizer, Recipe, load, save
 from qgraft.quantizer import CheckpointError
 
@@ -250,3 +253,52 @@ def test_a_shared_layer_must_be_one_layer_in_the_checkpoint_too(one):
 def test_a_tie_that_does_not_fit_is_named(one, tied, words):
     edit(one, lambda q: q.update(tied=tied))
     refuse(one, words)
+
+
+# -- no pickle ----------
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was read",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "data.pkl", WEIGHTS])
+def test_a_pickle_is_never_read(one, name):
+    (one / name).write_bytes(pickle.dumps(Bomb()))
+    record(one)
+    if name == WEIGHTS:
+        refuse(one, WEIGHTS, "no readable safetensors file")
+    else:
+        load(one, model=Net())
+
+
+def what_could_execute_a_file(tree):
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        found = {name.partition(".")[0] for name in names} & {
+            "pickle",
+            "cPickle",
+            "dill",
+            "joblib",
+            "marshal",
+            "shelve",
+        }
+        yield from found | {called} & {
+            "eval",
+            "exec",
+            "torch.load",
+            "torch.serialization.load",
+            "np.load",
+            "numpy.load",
+        }
+
+
+def test_no_source_file_of_ours_unpickles_or_evaluates():
+    root = Path(qgraft.__file__).resolve().parent
+    files = [f for folder in ("quantizer", "layers", "recipes", "kernels") for f in (root / folder).rglob("*.py")]
+    assert len(files) > 20
+    assert [(f, w) for f in files for w in what_could_execute_a_file(ast.parse(f.read_text(encoding="utf-8")))] == []
+    assert list(what_could_execute_a_file(ast.parse("import pickle as p; torch.load(x); from dill import load")))

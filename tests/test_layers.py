@@ -352,9 +352,7 @@ def test_w4a4_gptq_lowers_the_output_error_of_correlated_inputs():
 def test_w4a4_group_scales_are_a_little_more_accurate_than_two_level_ones():
     linear = nn.Linear(512, 256, bias=False)
     errors = {
-        scales: relative(
-            SVDQW4A4Linear.from_linear(linear, rank=0, scales=scales).dequantize(), linear.weight
-        )
+        scales: relative(SVDQW4A4Linear.from_linear(linear, rank=0, scales=scales).dequantize(), linear.weight)
         for scales in ("group", "two_level")
     }
     assert errors["group"] < errors["two_level"] < 1.06 * errors["group"]

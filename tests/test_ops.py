@@ -26,9 +26,7 @@ def w8_args(dtype, m=5, k=48, n=33, bias=True):
     )
 
 
-def svdq_args(
-    dtype=torch.float32, m=5, k=77, n=33, group_size=32, two_level=True, rank=6, act_bits=4, smooth=True
-):
+def svdq_args(dtype=torch.float32, m=5, k=77, n=33, group_size=32, two_level=True, rank=6, act_bits=4, smooth=True):
     kp = -(-k // group_size) * group_size
     codes = torch.randint(-8, 8, (n, kp), dtype=torch.int8)
     scale = torch.rand(n) * 0.01 + 0.001 if two_level else torch.rand(n, kp // group_size) * 0.01 + 0.001

@@ -32,9 +32,7 @@ def test_every_package_folder_is_listed_in_pyproject():
     folders = {
         ".".join(("qgraft", *file.parent.relative_to(ROOT).parts))
         for file in ROOT.rglob("*.py")
-        if not any(
-            p.startswith(".") or p in ("tests", "docs", "build", "dist") for p in file.relative_to(ROOT).parts
-        )
+        if not any(p.startswith(".") or p in ("tests", "docs", "build", "dist") for p in file.relative_to(ROOT).parts)
     }
     assert folders == listed
 

@@ -46,9 +46,7 @@ def test_a_child_says_only_what_differs(write):
 
 
 def test_positions_point_into_the_file_that_each_value_came_from(write):
-    base = write(
-        "base.yaml", "scheme:\n  name: s\n  rank: 1\n  alpha: 2\nrules:\n  - {match: a, skip: base}\n"
-    )
+    base = write("base.yaml", "scheme:\n  name: s\n  rank: 1\n  alpha: 2\nrules:\n  - {match: a, skip: base}\n")
     child = write("child.yaml", "extends: base.yaml\nscheme:\n  rank: 9\nrules:\n\n  - {match: b, skip: c}\n")
     recipe = load_recipe(child)
     assert recipe.where("scheme") == f"{child}:2"
@@ -78,9 +76,7 @@ def test_a_fault_of_the_parent_is_told_with_the_parents_line(write):
 )
 def test_options_are_inherited_only_while_the_scheme_keeps_its_name(write, parent, child, merged):
     write("base.yaml", f"scheme: {parent}")
-    assert (
-        load_recipe(write("child.yaml", f"extends: base.yaml\nscheme: {child}")).to_dict()["scheme"] == merged
-    )
+    assert load_recipe(write("child.yaml", f"extends: base.yaml\nscheme: {child}")).to_dict()["scheme"] == merged
 
 
 def test_a_child_can_take_the_parents_scheme_away(write):

@@ -120,9 +120,7 @@ def test_the_w8_recipes_quantize_everything():
 def test_the_fast_w4a4_recipe_needs_no_data_and_is_the_same_otherwise():
     slow, fast = load_recipe("w4a4_svd"), load_recipe("w4a4_svd_fast")
     assert slow.scheme == SchemeSpec(name="w4a4_svd", options=W4A4)
-    assert fast.scheme == SchemeSpec(
-        name="w4a4_svd", options={**W4A4, "smooth": "weights", "rounding": "rtn"}
-    )
+    assert fast.scheme == SchemeSpec(name="w4a4_svd", options={**W4A4, "smooth": "weights", "rounding": "rtn"})
     assert fast.rules == slow.rules
     assert all(rule.optional and rule.skip for rule in slow.rules)
 

@@ -47,9 +47,7 @@ def test_the_root_module_is_reached_by_its_class_or_a_star():
     assert not pattern_matches("*.fc", "", "Linear")
 
 
-@pytest.mark.parametrize(
-    "pattern", ["re:(", "re:[z-a]", "re:*a", "re:a{99999999999999999999}", "re:" + "(" * 500]
-)
+@pytest.mark.parametrize("pattern", ["re:(", "re:[z-a]", "re:*a", "re:a{99999999999999999999}", "re:" + "(" * 500])
 def test_a_bad_regex_is_an_error_with_its_text_and_reason(pattern):
     with pytest.raises(RecipeError) as caught:
         pattern_matches(pattern, "a", "b")
@@ -152,9 +150,7 @@ def test_did_you_mean_is_the_end_of_a_message():
 
 
 def test_a_model_of_thousands_of_modules_is_searched_quickly():
-    many = [
-        f"blocks.{i}.experts.{j}.{part}" for i in range(60) for j in range(64) for part in ("w1", "w2", "w3")
-    ]
+    many = [f"blocks.{i}.experts.{j}.{part}" for i in range(60) for j in range(64) for part in ("w1", "w2", "w3")]
     start = time.perf_counter()
     assert suggest("blocks.59.experts.63.w_2", many)[0] == "blocks.59.experts.63.w2"
     assert time.perf_counter() - start < 5

@@ -1,14 +1,12 @@
-"""Which modules are replaced, which are left alone and why, and what of a module survives its replacement."""
+"""Which modules are replaced, and what of a module survives its replacement."""
 
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
 
 from qgraft import Quantizer, QuantLinear, Recipe, SVDQW4A4Linear, W8A16Linear
 from qgraft.quantizer.surgery import find_sites
@@ -20,12 +18,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def quantize(model, recipe=INT8, **kw):
     return Quantizer(model).quantize(recipe, progress=False, **kw)
-
-
-def reason(model, name, recipe=INT8):
-    layers = {n: layer for layer in Quantizer(model).plan(recipe).layers for n in layer.names}
-    assert layers[name].scheme is None
-    return layers[name].reason
 
 
 def frozen_copy(model):
@@ -137,133 +129,6 @@ def test_a_second_run_finds_nothing_to_do_says_so_and_changes_nothing():
     with pytest.warns(UserWarning, match="no layer is left"):
         quantize(model, SVD)
     assert frozen_copy(model) == before
-
-
-# -- what is left alone ----------
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def subclass():
-    return Doubled(18, 18)
-
-
-def new_weight_norm():
-    return parametrizations.weight_norm(nn.Linear(18, 18))
-
-
-def new_spectral_norm():
-    return parametrizations.spectral_norm(nn.Linear(18, 18))
-
-
-def old_weight_norm():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.utils.weight_norm(nn.Linear(18, 18))
-
-
-def old_spectral_norm():
-    return nn.utils.spectral_norm(nn.Linear(18, 18))
-
-
-def pruned():
-    return prune.l1_unstructured(nn.Linear(18, 18), "weight", amount=0.3)
-
-
-def lazy():
-    return nn.LazyLinear(18)
-
-
-def accelerate_hooked():
-    hooks = pytest.importorskip("accelerate.hooks")
-    return hooks.add_hook_to_module(nn.Linear(18, 18), hooks.ModelHook())
-
-
-def forward_replaced():
-    linear = nn.Linear(18, 18)
-    linear.forward = lambda x: x
-    return linear
-
-
-def integer_weight():
-    linear = nn.Linear(18, 18)
-    linear.weight = nn.Parameter(torch.ones(18, 18, dtype=torch.int8), requires_grad=False)
-    return linear
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (subclass, "subclass of nn.Linear"),
-        (new_weight_norm, "parametrized"),
-        (new_spectral_norm, "parametrized"),
-        (old_weight_norm, "weight_g, weight_v"),
-        (old_spectral_norm, "weight_orig, weight_u"),
-        (pruned, "weight_mask"),
-        (lazy, "lazy"),
-        (accelerate_hooked, "forward is replaced"),
-        (forward_replaced, "forward is replaced"),
-        (integer_weight, "int8, not float"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_a_linear_that_is_more_than_a_linear_is_left_with_a_reason(make, why):
-    model = nn.ModuleDict({"odd": make(), "fc": nn.Linear(18, 18)})
-    odd = model["odd"]
-    state = {k: v for k, v in odd.state_dict().items() if not isinstance(v, nn.UninitializedParameter)}
-    before = {name: bytes_of(t) for name, t in state.items()}
-    assert why in reason(model, "odd")
-    assert "odd" in str(Quantizer(model).plan(INT8))  # the table has a line for it, also without a shape
-    Quantizer(model).plan(INT8).to_dict()
-    quantize(model)
-    assert model["odd"] is odd and isinstance(model["fc"], QuantLinear)
-    assert {name: bytes_of(odd.state_dict()[name]) for name in before} == before
-
-
-def test_planning_does_not_run_a_parametrization():
-    """spectral_norm takes a step at each access of the weight while training: planning must not be one."""
-    seen = []
-
-    class Spy(nn.Module):
-        def forward(self, weight):
-            seen.append(1)
-            return weight
-
-    linear = nn.Linear(18, 18)
-    parametrize.register_parametrization(linear, "weight", Spy())
-    seen.clear()
-    model = nn.Sequential(linear)
-    Quantizer(model).plan(INT8)
-    assert not seen
-
-
-def test_lazy_modules_elsewhere_do_not_disturb_the_plan():
-    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.Linear(16, 16))
-    assert [layer.name for layer in Quantizer(model).plan(INT8).todo] == ["3"]
-
-
-def test_a_linear_of_no_inputs_is_left_alone():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: initializing zero-element tensors
-        model = nn.Sequential(nn.Linear(0, 5), nn.Linear(5, 0), nn.Linear(16, 16))
-    plan = Quantizer(model).plan(INT8)
-    assert [layer.name for layer in plan.todo] == ["2"] and "5x0" in str(plan)
-
-
-def test_a_peft_adapter_is_left_whole_and_the_rest_is_quantized():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        nn.Sequential(Block(), Block()), peft.LoraConfig(target_modules=["0.up"], r=2, lora_alpha=2)
-    )
-    before = {n for n, m in model.named_modules() if type(m) is nn.Linear and ".0.up." in n}
-    assert len(before) == 3
-    quantize(model)
-    assert {n for n, m in model.named_modules() if type(m) is nn.Linear} == before
-    assert all("LoRA" in reason(model, name) for name in before)
-    assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 3
 
 
 # -- what survives ----------

@@ -9,6 +9,7 @@ from torch import nn
 from qgraft import Quantizer, QuantLinear, Recipe
 from qgraft.quantizer import surgery
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 INT8 = Recipe.from_dict({"scheme": "w8a32"})
 WIDTH, FEED = 20, 37
 

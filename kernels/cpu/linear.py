@@ -87,9 +87,7 @@ def svdq_quantize(
     act_bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`qgraft.kernels.reference.svdq_quantize`."""
-    return reference.svdq_quantize(
-        x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits
-    )
+    return reference.svdq_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits)
 
 
 def svdq_linear(

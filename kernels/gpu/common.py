@@ -1,4 +1,4 @@
-"""What the kernels share: checks of arguments, the device of a launch, the order of tiles, exact products in bfloat16."""
+"""What the kernels share: checks of arguments, the device of a launch, the order of tiles, products of split floats."""
 
 import contextlib
 import functools
@@ -23,7 +23,8 @@ ROUNDER = tl.constexpr(12582912.0)
 
 @functools.cache
 def _target(device: int) -> GPUTarget:
-    return triton.runtime.driver.active.get_current_target()
+    with torch.cuda.device(device):
+        return triton.runtime.driver.active.get_current_target()
 
 
 def target_of(x: Tensor) -> GPUTarget:
@@ -31,13 +32,21 @@ def target_of(x: Tensor) -> GPUTarget:
     return _target(x.device.index) if x.is_cuda else GPUTarget("cuda", 80, 32)
 
 
+def has_tensor_memory(target: GPUTarget) -> bool:
+    """Data-center Blackwell, whose tensor cores add up outside of the registers."""
+    return target.backend == "cuda" and 100 <= target.arch < 120
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; make it that of x (which is a CPU tensor under the interpreter)."""
     return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
 
 
-def require(op: str, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], *shape: int) -> Tensor | None:
-    """The tensor, contiguous; an error that can be read if its type or shape is not what the kernel will assume."""
+def require(
+    op: str, x: Tensor, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], *shape: int
+) -> Tensor | None:
+    """The tensor, contiguous. An error that can be read if it is not of the type, shape and device (that of x) that
+    the kernel will take for granted."""
     if tensor is None:
         return None
     if tensor.dtype not in dtypes:
@@ -45,6 +54,8 @@ def require(op: str, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype
         raise TypeError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}")
     return tensor.contiguous()
 
 

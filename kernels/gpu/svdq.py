@@ -17,9 +17,7 @@ def svdq_quantize(
     act_bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`qgraft.kernels.reference.svdq_quantize`."""
-    return quantize(
-        x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits, planes=False
-    )
+    return quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits, planes=False)
 
 
 def svdq_linear(
@@ -47,6 +45,4 @@ def svdq_linear(
         act_bits,
         planes=True,
     )
-    return gemm(
-        codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, group_size, x.dtype
-    )
+    return gemm(codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, group_size, x.dtype)

@@ -129,9 +129,7 @@ def svdq_gemm_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & (offs_n < N)[:, None])
 
 
-def config(
-    m: int, group_size: int, two_level: bool, out_dtype: torch.dtype, target: GPUTarget
-) -> dict[str, int]:
+def config(m: int, group_size: int, two_level: bool, out_dtype: torch.dtype, target: GPUTarget) -> dict[str, int]:
     """Tiles for m tokens; BLOCK_B counts bytes, two codes each."""
     if m <= 16:
         tile = dict(BLOCK_M=16, BLOCK_N=32, BLOCK_B=128, num_warps=2, num_stages=4)
@@ -168,11 +166,12 @@ def gemm(
     (m, padded), n = codes.shape, qweight.shape[0]
     groups, rank = padded // group_size, lora_act.shape[1]
     two_level = group_scale is not None
-    qweight = require(op, "qweight", qweight, (torch.uint8,), n, padded // 2)
-    scale = require(op, "scale", scale, (torch.float32,), *((n,) if two_level else (n, groups)))
-    group_scale = require(op, "group_scale", group_scale, (torch.uint8,), n, groups)
-    proj_up = require(op, "proj_up", proj_up, FLOATS, n, rank) if rank else None
-    bias = require(op, "bias", bias, FLOATS, n)
+    qweight = require(op, codes, "qweight", qweight, (torch.uint8,), n, padded // 2)
+    scale = require(op, codes, "scale", scale, (torch.float32,), *((n,) if two_level else (n, groups)))
+    group_scale = require(op, codes, "group_scale", group_scale, (torch.uint8,), n, groups)
+    proj_up = require(op, codes, "proj_up", proj_up, FLOATS, n, rank)
+    proj_up = proj_up if rank else None
+    bias = require(op, codes, "bias", bias, FLOATS, n)
     y = codes.new_empty(m, n, dtype=out_dtype)
     if y.numel() == 0:
         return y

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import reference
-from .common import FLOATS, ROUNDER, TERMS, on_device, require, split_dot, target_of
+from .common import FLOATS, ROUNDER, TERMS, has_tensor_memory, on_device, require, split_dot, target_of
 
 INT4_MAX = tl.constexpr(float(reference.INT4_MAX))
 INT8_MAX = tl.constexpr(float(reference.INT8_MAX))
@@ -42,14 +42,15 @@ def butterfly(x, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def rotate_groups(x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, X_TERMS: tl.constexpr):
-    """Every row of x (BLOCK_G, GROUP) times the orthonormal Hadamard matrix."""
+    """Every row of x (BLOCK_G, GROUP) times the orthonormal Hadamard matrix; GROUP <= 256."""
     BASE: tl.constexpr = min(GROUP, HADAMARD_BASE)
-    x = tl.reshape(x, (BLOCK_G * GROUP // BASE, BASE))
-    x = split_dot(x, hadamard_signs(BASE), tl.zeros((BLOCK_G * GROUP // BASE, BASE), dtype=tl.float32), X_TERMS, 1)
+    ROWS: tl.constexpr = BLOCK_G * GROUP // BASE
+    zeros = tl.zeros((ROWS, BASE), dtype=tl.float32)
+    x = split_dot(tl.reshape(x, (ROWS, BASE)), hadamard_signs(BASE), zeros, X_TERMS, 1)
     if GROUP > BASE:
-        x = butterfly(x, BLOCK_G * GROUP // (2 * BASE), BASE)
+        x = butterfly(x, ROWS // 2, BASE)
     if GROUP > 2 * BASE:
-        x = butterfly(x, BLOCK_G * GROUP // (4 * BASE), 2 * BASE)
+        x = butterfly(x, ROWS // 4, 2 * BASE)
     return tl.reshape(x, (BLOCK_G, GROUP)) * GROUP**-0.5
 
 
@@ -187,10 +188,10 @@ def svdq_quantize_kernel(
     BLOCK_G: tl.constexpr, ONE_TILE: tl.constexpr,
     LORA_M: tl.constexpr, LORA_K: tl.constexpr, LORA_R: tl.constexpr,
 ):  # fmt: skip
-    # Programs of one block of LORA_M tokens, PROJECTIONS = ceil(R / LORA_R):
+    # The programs of one block of LORA_M tokens, one after the other, with `projections` = ceil(R / LORA_R):
     #
-    #    | project down | ... | token 0 | token 1 | ... | token LORA_M - 1 |   next block ...
-    #      LORA_R ranks         all K, one tile of BLOCK_G groups at a time
+    #   | project down | ... | token 0 | token 1 | ... | token LORA_M - 1 |   next block ...
+    #     LORA_R ranks         all features, a tile of BLOCK_G groups at a time
     projections = 0
     if down_ptr is not None:
         projections = tl.cdiv(R, LORA_R)
@@ -209,21 +210,18 @@ def svdq_quantize_kernel(
         )  # fmt: skip
 
 
-def config(
-    padded: int, rank: int, group_size: int, dtype: torch.dtype, target: GPUTarget
-) -> dict[str, int]:
+def config(padded: int, group_size: int, dtype: torch.dtype, target: GPUTarget) -> dict[str, int]:
     """Tiles of one token, so many features that every warp rotates rows of its own: 16 rows of a group, up to 64."""
     features = 4096 if padded > 2048 else 2048
     num_warps = min(8, features // (16 * min(group_size, 64)))
-    if target.arch == 100:  # four warps would rotate in tensor memory, which is far away for so little work
+    if has_tensor_memory(target):  # four warps would rotate there, far away for so little work
         features, num_warps = 2048, 2
-    wide = dtype == torch.float32  # twice the bytes, and three terms of each
     return dict(
         BLOCK_G=features // group_size,
         ONE_TILE=padded <= features,
         LORA_M=16,
-        LORA_K=64 if wide else 128,
-        LORA_R=min(32 if wide else 64, max(16, triton.next_power_of_2(rank))),
+        LORA_K=64 if dtype == torch.float32 else 128,  # twice the bytes, and three terms of each
+        LORA_R=32,
         num_warps=num_warps,
         num_stages=2 if target.backend == "hip" else 3,
     )
@@ -251,9 +249,10 @@ def quantize(
         raise ValueError(f"{op}: act_bits must be 4 or 8, got {act_bits}")
     if padded < k or padded % group_size:
         raise ValueError(f"{op}: padded must be a multiple of {group_size} and at least {k}, got {padded}")
-    x = require(op, "x", x, FLOATS, m, k)
-    smooth_factor = require(op, "smooth_factor", smooth_factor, (torch.float32,), k)
-    proj_down = require(op, "proj_down", proj_down, FLOATS, k, rank) if rank else None
+    x = require(op, x, "x", x, FLOATS, m, k)
+    smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
+    proj_down = require(op, x, "proj_down", proj_down, FLOATS, k, rank)
+    proj_down = proj_down if rank else None
 
     codes = x.new_empty(m, padded, dtype=torch.int8)
     scales = 1 if two_level or act_bits == 8 else padded // group_size
@@ -261,7 +260,7 @@ def quantize(
     lora_act = x.new_empty(m, rank, dtype=torch.float32)
     if m == 0:
         return codes, scale, lora_act
-    tile = config(padded, rank, group_size, x.dtype, target_of(x))
+    tile = config(padded, group_size, x.dtype, target_of(x))
     projections = triton.cdiv(rank, tile["LORA_R"])
     grid = (triton.cdiv(m, tile["LORA_M"]) * (projections + tile["LORA_M"]),)
     with on_device(x):

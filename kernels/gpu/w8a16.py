@@ -72,10 +72,10 @@ def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     """See :func:`qgraft.kernels.reference.w8_linear`; x is bfloat16 or float16."""
     op = "w8a16_linear"
     (m, k), n = x.shape, qweight.shape[0]
-    x = require(op, "x", x, (torch.bfloat16, torch.float16), m, k)
-    qweight = require(op, "qweight", qweight, (torch.int8,), n, k)
-    scale = require(op, "scale", scale, (torch.float32,), n)
-    bias = require(op, "bias", bias, FLOATS, n)
+    x = require(op, x, "x", x, (torch.bfloat16, torch.float16), m, k)
+    qweight = require(op, x, "qweight", qweight, (torch.int8,), n, k)
+    scale = require(op, x, "scale", scale, (torch.float32,), n)
+    bias = require(op, x, "bias", bias, FLOATS, n)
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y

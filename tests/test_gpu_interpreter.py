@@ -1,0 +1,365 @@
+"""The GPU kernels, every line of them, on the CPU: Triton's interpreter against the reference and float64.
+
+The interpreter has to be chosen before a kernel is defined, so the kernels run in a second process: this very file,
+as a script. It knows no bfloat16 (products of it come out as noise), so types here are float32, float16 and int8.
+What the compiler makes of the kernels is the business of test_gpu_compile.py, what a GPU does of test_gpu_device.py.
+"""
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+
+import numpy
+import pytest
+import torch
+
+if __name__ != "__main__":
+    pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
+if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+    pytest.skip("Triton's interpreter fails on every loop with numpy >= 2.4", allow_module_level=True)
+
+TOKENS = [1, 2, 16, 17, 65]
+SHAPES = [(37, 77), (70, 130), (128, 256)]  # (N, K)
+GROUPS = [16, 32, 64, 128, 256]
+
+
+# ---- the second process ---------------------------------------------------------------------------------------------
+
+
+class Kernels:
+    """kernels("w8a16.w8a16_linear", *args) calls that function of qgraft.kernels.gpu under the interpreter."""
+
+    def __init__(self):
+        env = os.environ | {
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONWARNINGS": "ignore",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
+        )
+
+    def __call__(self, name: str, *args):
+        pickle.dump((name, args), self.process.stdin)
+        self.process.stdin.flush()
+        result, error = pickle.load(self.process.stdout)
+        if error is not None:
+            raise error
+        return result
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def serve(requests, replies) -> None:
+    while True:
+        try:
+            name, args = pickle.load(requests)
+        except EOFError:
+            return
+        module, function = name.split(".")
+        try:
+            kernel = getattr(importlib.import_module(f"qgraft.kernels.gpu.{module}"), function)
+            reply = kernel(*args), None
+        except (TypeError, ValueError) as error:
+            reply = None, error
+        except Exception:
+            reply = None, RuntimeError(traceback.format_exc())
+        pickle.dump(reply, replies)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints must not mix with the answers
+    serve(sys.stdin.buffer, answers)
+    sys.exit()
+
+from qgraft.kernels import reference  # noqa: E402
+from qgraft.kernels.packing import pack_int4  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    worker = Kernels()
+    yield worker
+    worker.close()
+
+
+# ---- W8A16 and W8A32 ------------------------------------------------------------------------------------------------
+
+
+def w8_problem(m, n, k, dtype, bias_dtype=None):
+    x = torch.randn(m, k).to(dtype)
+    qweight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    scale = torch.rand(n) / 100 + 1e-3
+    return x, qweight, scale, None if bias_dtype is None else torch.randn(n).to(bias_dtype)
+
+
+def w8_truth(x, qweight, scale, bias):
+    y = (x.double() @ qweight.double().t()) * scale.double()
+    return y if bias is None else y + bias.double()
+
+
+def relative(y, truth) -> float:
+    return ((y.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_w8a16_is_right_to_the_rounding_of_its_output(kernels, m, n, k, bias_dtype):
+    problem = w8_problem(m, n, k, torch.float16, bias_dtype)
+    y = kernels("w8a16.w8a16_linear", *problem)
+    assert y.dtype == torch.float16 and y.shape == (m, n)
+    truth = w8_truth(*problem)
+    # Half a unit in the last place of a float16, and float32 sums next to it.
+    assert (y.double() - truth).abs().le(2**-11 * truth.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_w8a32_has_the_accuracy_of_float32(kernels, m, n, k, bias_dtype):
+    problem = w8_problem(m, n, k, torch.float32, bias_dtype)
+    y = kernels("w8a32.w8a32_linear", *problem)
+    assert y.dtype == torch.float32 and y.shape == (m, n)
+    assert relative(y, w8_truth(*problem)) < 4e-7  # one TF32 product would be at 2e-4, one bfloat16 at 2e-3
+
+
+def test_w8a16_sums_beyond_the_range_of_float16(kernels):
+    x = torch.full((2, 256), 60000.0, dtype=torch.float16)
+    qweight = torch.full((3, 256), 127, dtype=torch.int8)  # the raw sum is 2e9
+    y = kernels("w8a16.w8a16_linear", x, qweight, torch.full((3,), 1e-6), None)
+    assert torch.allclose(y.float(), torch.tensor(60000.0 * 127 * 256 * 1e-6), rtol=1e-3)
+
+
+def test_the_three_terms_of_a_float32_add_up_to_it_exactly(kernels):
+    numbers = torch.cat([torch.randn(50) * 10.0**p for p in (-30, -20, -3, 0, 3, 20, 37)] + [torch.tensor([0.0, -0.0])])
+    numbers = numbers[numbers.isfinite()]
+    one = torch.ones(1, 1, dtype=torch.int8)
+    y = kernels("w8a32.w8a32_linear", numbers[:, None], one, torch.ones(1), None)
+    assert torch.equal(y[:, 0], numbers)
+
+
+def test_w8a32_keeps_infinity_and_nan_where_they_are(kernels):
+    x = torch.randn(3, 40)
+    x[0, 3], x[1, 5] = float("inf"), float("nan")
+    # A NaN whose payload is in the low half only: cut off there, it would turn into infinity.
+    x[2, 7] = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32)[0]
+    qweight = torch.randint(1, 128, (8, 40), dtype=torch.int8)
+    y = kernels("w8a32.w8a32_linear", x, qweight, torch.ones(8), None)
+    assert y[0].eq(float("inf")).all() and y[1].isnan().all() and y[2].isnan().all()
+
+
+def test_w8a32_takes_denormals(kernels):
+    x = torch.full((1, 64), 1e-40)
+    y = kernels("w8a32.w8a32_linear", x, torch.full((1, 64), 100, dtype=torch.int8), torch.ones(1), None)
+    assert abs(y.item() - x.double().sum().item() * 100) < 1e-40 * 64
+
+
+@pytest.mark.parametrize("op, dtype", [("w8a16.w8a16_linear", torch.float16), ("w8a32.w8a32_linear", torch.float32)])
+def test_w8_empty_and_strided_inputs(kernels, op, dtype):
+    x, qweight, scale, bias = w8_problem(6, 9, 40, dtype, dtype)
+    assert kernels(op, x[:0], qweight, scale, bias).shape == (0, 9)
+    strided = x.t().contiguous().t()
+    assert not strided.is_contiguous()
+    assert torch.equal(kernels(op, strided, qweight, scale, bias), kernels(op, x, qweight, scale, bias))
+    assert torch.equal(kernels(op, x[::2], qweight, scale, bias), kernels(op, x, qweight, scale, bias)[::2])
+
+
+@pytest.mark.parametrize(
+    "op, right, wrong", [("w8a16", torch.float16, torch.float32), ("w8a32", torch.float32, torch.float16)]
+)
+def test_w8_says_which_argument_is_wrong(kernels, op, right, wrong):
+    x, qweight, scale, bias = w8_problem(2, 9, 40, right, right)
+    name = f"{op}.{op}_linear"
+    with pytest.raises(TypeError, match=f"{op}_linear: x must be .*{str(right)[6:]}"):
+        kernels(name, x.to(wrong), qweight, scale, bias)
+    with pytest.raises(TypeError, match="qweight must be int8, got uint8"):
+        kernels(name, x, qweight.view(torch.uint8), scale, bias)
+    with pytest.raises(TypeError, match="scale must be float32"):
+        kernels(name, x, qweight, scale.half(), bias)
+    with pytest.raises(ValueError, match=r"qweight must have shape \(9, 39\), got \(9, 40\)"):
+        kernels(name, x[:, :39], qweight, scale, bias)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        kernels(name, x, qweight, scale, bias[:3])
+
+
+# ---- SVDQ, activations ----------------------------------------------------------------------------------------------
+
+MODES = {"two_level": (True, 4), "group": (False, 4), "int8": (False, 8)}  # two_level, act_bits
+
+
+def quantizer_problem(m, k, group_size, rank=5, dtype=torch.float32, down_dtype=None, smooth=True):
+    x = (torch.randn(m, k) * torch.rand(k).mul(3).exp()).to(dtype)
+    smooth_factor = torch.rand(k) + 0.5 if smooth else None
+    proj_down = torch.randn(k, rank).to(down_dtype or dtype) if rank else None
+    return x, smooth_factor, proj_down, -(-k // group_size) * group_size, group_size
+
+
+def assert_same_codes(got, wanted, largest_step):
+    """Equal, but for numbers so close to the middle of two codes that the order of a sum decides."""
+    (codes, scale, lora_act), (ref_codes, ref_scale, ref_lora) = got, wanted
+    assert codes.dtype == torch.int8 and codes.shape == ref_codes.shape
+    assert scale.shape == ref_scale.shape and lora_act.shape == ref_lora.shape
+    off = (codes.int() - ref_codes.int()).abs()
+    assert off.max() <= largest_step and off.ne(0).float().mean() < 2e-3
+    assert torch.allclose(scale, ref_scale, rtol=2e-6, atol=0)
+    if lora_act.numel():
+        assert relative(lora_act, ref_lora) < 1e-6
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_codes_equal_the_reference(kernels, group_size, mode, rotate):
+    two_level, act_bits = MODES[mode]
+    dtype = torch.float16 if group_size in (32, 128) else torch.float32
+    problem = quantizer_problem(2, 77 if rotate else 300, group_size, dtype=dtype, smooth=mode != "group")
+    args = (*problem, rotate, two_level, act_bits)
+    got, wanted = kernels("svdq.svdq_quantize", *args), reference.svdq_quantize(*args)
+    assert_same_codes(got, wanted, largest_step=16 if two_level else 1)
+
+
+@pytest.mark.parametrize("m", TOKENS)
+def test_codes_for_any_number_of_tokens(kernels, m):
+    args = (*quantizer_problem(m, 130, 64, rank=32, dtype=torch.float16), True, True, 4)
+    assert_same_codes(kernels("svdq.svdq_quantize", *args), reference.svdq_quantize(*args), largest_step=16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("k", [3000, 4200])  # a row of one tile of 4096 features, and a row of two
+def test_codes_of_long_rows(kernels, k, mode):
+    two_level, act_bits = MODES[mode]
+    args = (*quantizer_problem(2, k, 64), True, two_level, act_bits)
+    got, wanted = kernels("svdq.svdq_quantize", *args), reference.svdq_quantize(*args)
+    assert_same_codes(got, wanted, largest_step=16 if two_level else 1)
+
+
+def test_codes_in_planes_are_the_codes_in_another_order(kernels):
+    args = (*quantizer_problem(3, 100, 16), True, True, 4)
+    planes, *_ = kernels("svdq_quantize.quantize", *args, True)
+    codes, *_ = kernels("svdq_quantize.quantize", *args, False)
+    assert torch.equal(planes, torch.cat([codes[:, 0::2], codes[:, 1::2]], dim=1))
+
+
+def test_codes_are_rounded_half_to_even_and_clipped_alike_on_both_sides(kernels):
+    x = torch.tensor([[7.0, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, -0.5, -1.5, -2.5, -3.5, -4.5, -5.5, -6.5, -7.0]])
+    codes, scale, _ = kernels("svdq.svdq_quantize", x, None, None, 16, 16, False, False, 4)
+    assert scale.item() == 1
+    assert codes[0].tolist() == [7, 0, 2, 2, 4, 4, 6, 6, 0, -2, -2, -4, -4, -6, -6, -7]
+
+
+def test_a_token_of_zeros_has_zero_codes_and_one_of_nan_a_nan_scale(kernels):
+    x = torch.randn(3, 64)
+    x[0], x[1, 9] = 0, float("nan")
+    for two_level, act_bits in MODES.values():
+        codes, scale, _ = kernels("svdq.svdq_quantize", x, None, None, 64, 64, True, two_level, act_bits)
+        assert codes[0].eq(0).all() and scale[0].isfinite().all()
+        assert scale[1].isnan().all() and scale[2].isfinite().all()
+
+
+@pytest.mark.parametrize("down_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rank", [1, 32, 70])
+def test_the_branch_comes_down_in_float32(kernels, rank, dtype, down_dtype):
+    x, smooth_factor, proj_down, *rest = quantizer_problem(17, 300, 64, rank, dtype, down_dtype)
+    _, _, lora_act = kernels("svdq.svdq_quantize", x, smooth_factor, proj_down, *rest, True, True, 4)
+    if dtype == torch.float16:  # the product is taken in the 16 bits of x
+        proj_down = proj_down.half()
+    assert lora_act.dtype == torch.float32
+    assert relative(lora_act, x.double() @ proj_down.double()) < 1e-6
+
+
+# ---- SVDQ, the layer ------------------------------------------------------------------------------------------------
+
+
+def svdq_problem(m, n, k, group_size, two_level, rank=5, dtype=torch.float32, bias_dtype=None, smooth=True):
+    x, smooth_factor, proj_down, padded, _ = quantizer_problem(m, k, group_size, rank, dtype, smooth=smooth)
+    groups = padded // group_size
+    qweight = pack_int4(torch.randint(-8, 8, (n, padded), dtype=torch.int8))
+    scale = torch.rand(n) / 1000 if two_level else torch.rand(n, groups) / 100
+    group_scale = torch.randint(1, 17, (n, groups), dtype=torch.uint8) if two_level else None
+    proj_up = torch.randn(n, rank).to(dtype) if rank else None
+    bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
+    return x, qweight, scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size
+
+
+def assert_svdq(kernels, problem, rotate, act_bits):
+    """The product is right for the codes that were made (they have their own tests), and the layer as a whole near."""
+    x, qweight, scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size = problem
+    y = kernels("svdq.svdq_linear", *problem, rotate, act_bits)
+    assert y.dtype == x.dtype and y.shape == (x.shape[0], qweight.shape[0])
+    quantizer_args = (2 * qweight.shape[1], group_size, rotate, group_scale is not None, act_bits)
+    made = kernels("svdq.svdq_quantize", x, smooth_factor, proj_down, *quantizer_args)
+    truth = reference.svdq_gemm(*made, qweight, scale, group_scale, proj_up, bias, group_size, torch.float64)
+    assert relative(y, truth) < (3e-4 if x.dtype == torch.float16 else 5e-7)
+    assert relative(y, reference.svdq_linear(*problem, rotate, act_bits)) < 2e-2
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("two_level", [True, False])
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_svdq_for_every_group_size_and_kind_of_scale(kernels, group_size, two_level, act_bits):
+    dtype = torch.float16 if group_size in (16, 128) else torch.float32
+    problem = svdq_problem(2 if act_bits == 8 else 17, 37, 77, group_size, two_level, dtype=dtype, bias_dtype=dtype)
+    assert_svdq(kernels, problem, True, act_bits)
+
+
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("two_level", [True, False])
+def test_svdq_for_any_number_of_tokens(kernels, m, two_level):
+    assert_svdq(kernels, svdq_problem(m, 70, 130, 64, two_level, 32, torch.float16, torch.float16), True, 4)
+
+
+@pytest.mark.parametrize("group_size, two_level", [(16, True), (32, False), (256, True), (256, False)])
+def test_svdq_over_several_tiles(kernels, group_size, two_level):
+    assert_svdq(kernels, svdq_problem(65, 130, 520, group_size, two_level, 40), True, 4)
+
+
+@pytest.mark.parametrize("rank", [0, 5, 32, 70])
+@pytest.mark.parametrize("smooth, rotate", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+def test_svdq_without_each_of_its_parts(kernels, rank, smooth, rotate, bias_dtype):
+    assert_svdq(kernels, svdq_problem(2, 37, 77, 64, True, rank, torch.float32, bias_dtype, smooth), rotate, 4)
+
+
+def test_svdq_takes_the_largest_sums(kernels):
+    """Every product at its largest: 127 * 128 a feature, and folded weights at the very end of int8."""
+    x = torch.ones(1, 512)
+    qweight = pack_int4(torch.full((4, 512), -8, dtype=torch.int8))
+    group_scale = torch.full((4, 8), 16, dtype=torch.uint8)
+    problem = (x, qweight, torch.ones(4), group_scale, None, None, None, None, 64)
+    y = kernels("svdq.svdq_linear", *problem, False, 8)
+    assert torch.allclose(y, torch.full((1, 4), -128.0 * 512), rtol=1e-6)
+
+
+def test_svdq_empty_and_strided_inputs(kernels):
+    problem = svdq_problem(6, 37, 77, 64, True)
+    x, rest = problem[0], problem[1:]
+    assert kernels("svdq.svdq_linear", x[:0], *rest, True, 4).shape == (0, 37)
+    codes, scale, lora_act = kernels("svdq.svdq_quantize", x[:0], None, None, 128, 64, True, False, 4)
+    assert (codes.shape, scale.shape, lora_act.shape) == ((0, 128), (0, 2), (0, 0))
+    whole = kernels("svdq.svdq_linear", x, *rest, True, 4)
+    assert torch.equal(kernels("svdq.svdq_linear", x[::2], *rest, True, 4), whole[::2])
+
+
+def test_svdq_says_which_argument_is_wrong(kernels):
+    x, qweight, scale, group_scale, smooth, down, up, bias, group = svdq_problem(2, 37, 77, 64, True)
+    with pytest.raises(TypeError, match="svdq_quantize: x must be bfloat16 or float16 or float32, got float64"):
+        kernels("svdq.svdq_linear", x.double(), qweight, scale, group_scale, smooth, down, up, bias, group, True, 4)
+    with pytest.raises(TypeError, match="svdq_linear: qweight must be uint8, got int8"):
+        kernels(
+            "svdq.svdq_linear", x, qweight.view(torch.int8), scale, group_scale, smooth, down, up, bias, group, True, 4
+        )
+    with pytest.raises(ValueError, match="group_size must be 16, 32, 64, 128 or 256, got 48"):
+        kernels("svdq.svdq_linear", x, qweight, scale, group_scale, smooth, down, up, bias, 48, True, 4)
+    with pytest.raises(ValueError, match="act_bits must be 4 or 8, got 6"):
+        kernels("svdq.svdq_linear", x, qweight, scale, group_scale, smooth, down, up, bias, group, True, 6)
+    with pytest.raises(ValueError, match="proj_up must have shape"):
+        kernels("svdq.svdq_linear", x, qweight, scale, group_scale, smooth, down, up[:, :3], bias, group, True, 4)
