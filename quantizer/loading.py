@@ -156,13 +156,13 @@ def _build(path: Path, name: str, entry: dict[str, Any]) -> QuantLinear:
         near = suggest(str(scheme), SCHEMES)
         hint = f"; nearest: {near[0]}" if near else ""
         raise CheckpointError(f"{where}: no scheme {scheme!r} in this qgraft{hint}; upgrade qgraft?")
-    if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if not isinstance(dtype, str) or dtype not in NAMED_FLOATS:
         raise CheckpointError(f"{where}: dtype {dtype!r} is none of {', '.join(NAMED_FLOATS)}")
     if not isinstance(bias, bool) or not isinstance(options, dict):
         raise CheckpointError(f"{where}: bias must be true or false, and options a mapping")
     cls, (k, n) = SCHEMES[scheme], (entry["in_features"], entry["out_features"])
     try:
-        return cls(k, n, bias, scheme=cls.Scheme(**options), device="meta", dtype=getattr(torch, dtype))
+        return cls(k, n, bias, scheme=cls.Scheme(**options), device="meta", dtype=NAMED_FLOATS[dtype])
     except (TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
         raise CheckpointError(f"{where}: {error}") from None
 

@@ -58,7 +58,7 @@ class PlannedLayer:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a weight costs afterwards, scales and branch included, bias not."""
+        """Bits that a weight costs afterwards; scales, branch and bias are in it."""
         weights = self.in_features * self.out_features
         return 8 * self.bytes_after / weights if weights else 0.0
 

@@ -47,29 +47,30 @@ def cases(target_name: str) -> list[tuple]:
     found = [("w8a16", m, 4096, 4096, dtype) for m in TOKENS for dtype in ("bfloat16", "float16")]
     found += [("w8a32", m, 4096, 4096, "float32") for m in TOKENS]
     # Shapes that forbid wide loads, and the single token, whose M the compiler knows.
-    found += [("w8a16", 1, 37, 77, "float16"), ("w8a16", 301, 37, 77, "bfloat16"), ("w8a32", 301, 37, 77, "float32")]
+    found += [("w8a16", m, 37, 77, "bfloat16") for m in (1, 16, 64, 301)]
+    found += [("w8a32", m, 37, 77, "float32") for m in (1, 16, 64, 301)]
 
     # Codes: m, n, padded, group_size, two_level, act_bits, dtype, rank.
     found += [("gemm", m, 4096, 4096, 64, True, 4, dtype, 32) for m in TOKENS for dtype in DTYPES]
     found += [("gemm", m, 4096, 4096, group, True, 8, "bfloat16", 32) for m in (16, 1024) for group in GROUPS]
     found += [("gemm", m, 4096, 4096, group, False, 4, "bfloat16", 128) for m in (16, 1024) for group in GROUPS]
-    found += [
-        ("gemm", m, 4096, 4096, group, False, 8, "float32", 0) for m in (16, 1024) for group in (16, 64, 128, 256)
-    ]
-    found += [("gemm", 1, 37, 48, 16, True, 4, "float16", 5), ("gemm", 301, 37, 48, 16, False, 4, "float32", 5)]
+    found += [("gemm", 16, 4096, 4096, group, False, 8, "float32", 0) for group in (64, 128, 256)]
+    found += [("gemm", 1024, 4096, 4096, group, False, 8, "float32", 0) for group in (16, 64, 256)]
+    found += [("gemm", m, 37, 48, 16, True, 4, dtype, 5) for m in (1, 64, 301) for dtype in ("float16", "float32")]
+    found += [("gemm", 301, 37, 48, 16, False, 4, "float32", 5)]
 
     # Activations: m, k, group_size, dtype, two_level, act_bits, rotate, smooth, rank, planes. Every tile, and with it
     # another of the many combinations of the rest.
     rest = itertools.cycle(itertools.product(((True, 4), (True, 8), (False, 4)), (True, True, False), (True, False)))
     seen = set()
     for k, group, dtype in itertools.product((2048, 4096, 8192), GROUPS, DTYPES):
-        tile = json.dumps(svdq_quantize.config(k, group, getattr(torch, dtype), target))
+        tile = json.dumps(svdq_quantize.config(k, k, 32, group, getattr(torch, dtype), target))
         if tile not in seen or (k, group) == (4096, 64):
             seen.add(tile)
             (two_level, act_bits), rotate, smooth = next(rest)
             found.append(("quantize", 1024, k, group, dtype, two_level, act_bits, rotate, smooth, 32, True))
     found += [("quantize", 1024, 4096, 64, dtype, True, 4, True, True, 128, False) for dtype in DTYPES]
-    found += [("quantize", 1, 77, 16, "bfloat16", False, 4, True, True, 5, True)]
+    found += [("quantize", 1, 77, group, dtype, True, 4, True, True, 5, True) for group in (16, 64) for dtype in DTYPES]
     return list(dict.fromkeys(found))
 
 
@@ -255,19 +256,20 @@ def test_on_hopper_the_weight_goes_into_the_product_from_registers(results, case
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_that_can_be_chosen_is_compiled(results, target):
-    tokens, features = range(1, 200, 5), range(16, 20000, 16)
+    tokens, features = range(1, 200, 5), (16, 48, 77, 1024, 2048, 2064, 4096, 4112, 5000, 8192, 20480)
     dtypes = [getattr(torch, dtype) for dtype in DTYPES]
     gpu = TARGETS[target]
     choices = {
-        "w8a16": [w8a16.config(m, gpu) for m in tokens],
-        "w8a32": [w8a32.config(m, gpu) for m in tokens],
+        "w8a16": [w8a16.config(m, k, gpu) for m in tokens for k in features],
+        "w8a32": [w8a32.config(m, k, gpu) for m in tokens for k in features],
         "gemm": [
-            svdq_gemm.config(m, group, two_level, dtype, gpu)
-            for m, group, two_level, dtype in itertools.product(tokens, GROUPS, (True, False), dtypes)
+            svdq_gemm.config(m, half, group, two_level, dtype, gpu)
+            for m, half, group, two_level, dtype in itertools.product(tokens, (24, 2048), GROUPS, (True, False), dtypes)
+            if 2 * half % group == 0
         ],
         "quantize": [
-            svdq_quantize.config(k, group, dtype, gpu)
-            for k, group, dtype in itertools.product(features, GROUPS, dtypes)
+            svdq_quantize.config(k, -(-k // group) * group, rank, group, dtype, gpu)
+            for k, rank, group, dtype in itertools.product(features, (0, 5, 32), GROUPS, dtypes)
         ],
     }
     for kernel, tiles in choices.items():

@@ -135,8 +135,11 @@ def test_untying_quantizes_a_copy_and_the_plan_says_how_much_the_model_grows():
     assert model.embed.weight is embedding and isinstance(model.lm_head, QuantLinear)
 
 
-def test_an_untied_head_counts_as_a_weight_of_its_own_in_the_coverage():
+@pytest.mark.parametrize("head_first", [False, True])
+def test_an_untied_head_counts_as_a_weight_of_its_own_in_the_coverage(head_first):
     model = Tied(words=500, width=32)
+    if head_first:
+        model._modules = dict(sorted(model._modules.items(), reverse=True))
     recipe = Recipe.from_dict({"rules": [{"match": "lm_head", "scheme": "w8a32", "untie": True}]})
     plan = Quantizer(model).plan(recipe)
     assert 0.45 < plan.coverage < 0.5  # one of two copies, and the small fc

@@ -27,7 +27,7 @@ def spread_pieces(values, ROWS: tl.constexpr, PIECES: tl.constexpr, EACH: tl.con
     return tl.reshape(tl.broadcast_to(values[:, :, None], (ROWS, PIECES, EACH)), (ROWS, PIECES * EACH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or M = 1, 15 and 16 would each be compiled
 def svdq_gemm_kernel(
     codes_ptr, act_scale_ptr, lora_ptr, qweight_ptr, scale_ptr, group_scale_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, HALF, R,
@@ -129,11 +129,13 @@ def svdq_gemm_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & (offs_n < N)[:, None])
 
 
-def config(m: int, group_size: int, two_level: bool, out_dtype: torch.dtype, target: GPUTarget) -> dict[str, int]:
-    """Tiles for m tokens; BLOCK_B counts bytes, two codes each."""
+def config(
+    m: int, half: int, group_size: int, two_level: bool, out_dtype: torch.dtype, target: GPUTarget
+) -> dict[str, int]:
+    """Tiles for m tokens and rows of `half` bytes; BLOCK_B counts bytes, two codes each."""
     if m <= 16:
         tile = dict(BLOCK_M=16, BLOCK_N=32, BLOCK_B=128, num_warps=2, num_stages=4)
-    elif m <= 64 or not two_level:
+    elif m <= 64 or not two_level or half % 16:
         tile = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_B=64, num_warps=4, num_stages=4)
     elif target.arch == 90 or target.backend == "hip":
         tile = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_B=64, num_warps=8, num_stages=4)
@@ -143,6 +145,8 @@ def config(m: int, group_size: int, two_level: bool, out_dtype: torch.dtype, tar
         tile["BLOCK_B"] = min(tile["BLOCK_B"], max(32, group_size // 2))
         if group_size == 16:  # four groups in flight, and the registers of four
             tile["BLOCK_M"] = min(tile["BLOCK_M"], 32)
+    if half % 16:  # rows that start anywhere are loaded byte by byte: fewer at a time, or their addresses spill
+        tile["BLOCK_B"] = 32
     if target.backend == "hip":
         tile["num_stages"] = 2
     tile["BLOCK_R"] = 16 if out_dtype == torch.float32 else 32
@@ -175,7 +179,7 @@ def gemm(
     y = codes.new_empty(m, n, dtype=out_dtype)
     if y.numel() == 0:
         return y
-    tile = config(m, group_size, two_level, out_dtype, target_of(codes))
+    tile = config(m, padded // 2, group_size, two_level, out_dtype, target_of(codes))
     grid = (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
     with on_device(codes):
         svdq_gemm_kernel[grid](

@@ -179,7 +179,7 @@ def project_down(
     tl.store(lora_ptrs, acc, mask=mask_m[:, None] & mask_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or M = 1, 15 and 16 would each be compiled
 def svdq_quantize_kernel(
     x_ptr, smooth_ptr, down_ptr, codes_ptr, scale_ptr, lora_ptr,
     M, K, padded, R,
@@ -210,17 +210,20 @@ def svdq_quantize_kernel(
         )  # fmt: skip
 
 
-def config(padded: int, group_size: int, dtype: torch.dtype, target: GPUTarget) -> dict[str, int]:
+def config(k: int, padded: int, rank: int, group_size: int, dtype: torch.dtype, target: GPUTarget) -> dict[str, int]:
     """Tiles of one token, so many features that every warp rotates rows of its own: 16 rows of a group, up to 64."""
     features = 4096 if padded > 2048 else 2048
     num_warps = min(8, features // (16 * min(group_size, 64)))
     if has_tensor_memory(target):  # four warps would rotate there, far away for so little work
         features, num_warps = 2048, 2
+    lora_k = 32 if dtype == torch.float32 else 128  # twice the bytes, and three terms of each
+    if k % 16 or rank % 16:  # rows that start anywhere are loaded number by number
+        lora_k = 32
     return dict(
         BLOCK_G=features // group_size,
         ONE_TILE=padded <= features,
         LORA_M=16,
-        LORA_K=64 if dtype == torch.float32 else 128,  # twice the bytes, and three terms of each
+        LORA_K=lora_k,
         LORA_R=32,
         num_warps=num_warps,
         num_stages=2 if target.backend == "hip" else 3,
@@ -260,7 +263,7 @@ def quantize(
     lora_act = x.new_empty(m, rank, dtype=torch.float32)
     if m == 0:
         return codes, scale, lora_act
-    tile = config(padded, group_size, x.dtype, target_of(x))
+    tile = config(k, padded, rank, group_size, x.dtype, target_of(x))
     projections = triton.cdiv(rank, tile["LORA_R"])
     grid = (triton.cdiv(m, tile["LORA_M"]) * (projections + tile["LORA_M"]),)
     with on_device(x):

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from .common import FLOATS, on_device, require, split_dot, target_of, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or M = 1, 15 and 16 would each be compiled
 def w8a32_kernel(
     x_ptr, qweight_ptr, scale_ptr, bias_ptr, y_ptr,
     M, N, K,
@@ -54,7 +54,7 @@ def w8a32_kernel(
     tl.store(y_ptrs, y, mask=(offs_m < M)[None, :] & mask_n[:, None])
 
 
-def config(m: int, target: GPUTarget) -> dict[str, int]:
+def config(m: int, k: int, target: GPUTarget) -> dict[str, int]:
     """Tiles for m tokens. Few tokens: narrow tiles of weights, so that they spread over the whole device."""
     if m <= 16:
         tile = dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, num_warps=2, num_stages=4)
@@ -62,6 +62,8 @@ def config(m: int, target: GPUTarget) -> dict[str, int]:
         tile = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4)
     else:
         tile = dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    if k % 16:  # rows that start anywhere are loaded number by number: fewer at a time, or their addresses spill
+        tile |= dict(BLOCK_K=32)
     if target.backend == "hip":
         tile |= dict(num_stages=2)
     return tile | dict(GROUP_M=8)
@@ -78,7 +80,7 @@ def w8a32_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
-    tile = config(m, target_of(x))
+    tile = config(m, k, target_of(x))
     grid = (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
     with on_device(x):
         w8a32_kernel[grid](x, qweight, scale, bias, y, m, n, k, EVEN_K=k % tile["BLOCK_K"] == 0, **tile)

@@ -184,7 +184,7 @@ class ModelFolder:
         if self.gguf:
             options["dtype"] = dtype or torch.float32
             gguf_config = getattr(_transformers(), "GgufConfig", None)
-            if gguf_config is not None:  # since 5.20 or so, weights stay packed unless one says otherwise
+            if gguf_config is not None:  # where it is known, weights may stay packed unless told otherwise
                 options["quantization_config"] = gguf_config(dequantize=True)
         cls = self.model_class
         with _in_words(self, "transformers cannot load it"):

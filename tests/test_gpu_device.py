@@ -1,0 +1,313 @@
+"""The GPU kernels on a GPU: parity with the reference, and life among torch.compile, graphs, streams and autograd."""
+
+import pytest
+import torch
+
+from qgraft.kernels import ops, reference
+from qgraft.kernels.packing import pack_int4
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device here"),
+]
+
+TOKENS = [1, 2, 16, 17, 65, 257, 1024]
+SHAPES = [(37, 77), (301, 1000), (4096, 4096)]  # (N, K): odd, not a multiple of the tiles, and that of a model
+GROUPS = [16, 32, 64, 128, 256]
+MODES = {"two_level": (True, 4), "two_level_a8": (True, 8), "group": (False, 4), "group_a8": (False, 8)}
+# Relative error of a result that is only rounded to its type at the end (of float32: that sums some thousand terms).
+EPSILON = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 4e-6}
+
+
+def relative(y, truth) -> float:
+    return ((y.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
+
+
+def randn(*shape, dtype=torch.float32, device="cuda"):
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def w8_problem(m, n, k, dtype, bias_dtype=None, device="cuda"):
+    qweight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
+    scale = torch.rand(n, device=device) / 100 + 1e-3
+    bias = None if bias_dtype is None else randn(n, dtype=bias_dtype, device=device)
+    return randn(m, k, dtype=dtype, device=device), qweight, scale, bias
+
+
+def w8_truth(x, qweight, scale, bias):
+    y = (x.double() @ qweight.double().t()) * scale.double()
+    return y if bias is None else y + bias.double()
+
+
+def svdq_problem(m, n, k, group_size, two_level, dtype, rank=32, smooth=True, device="cuda"):
+    padded = -(-k // group_size) * group_size
+    groups = padded // group_size
+    codes = torch.randint(-8, 8, (n, padded), dtype=torch.int8, device=device)
+    scale = torch.rand(n, device=device) / 1000 if two_level else torch.rand(n, groups, device=device) / 100
+    group_scale = torch.randint(1, 17, (n, groups), dtype=torch.uint8, device=device) if two_level else None
+    branch = torch.bfloat16 if dtype == torch.float32 else dtype
+    proj_down = randn(k, rank, dtype=branch, device=device) / k**0.5 if rank else None
+    proj_up = randn(n, rank, dtype=branch, device=device) if rank else None
+    smooth_factor = torch.rand(k, device=device) + 0.5 if smooth else None
+    bias = randn(n, dtype=dtype, device=device)
+    x = randn(m, k, dtype=dtype, device=device)
+    return x, pack_int4(codes), scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size
+
+
+def quantizer_args(problem, act_bits, rotate=True):
+    x, qweight, _, group_scale, smooth_factor, proj_down, _, _, group_size = problem
+    padded = 2 * qweight.shape[1]
+    return x, smooth_factor, proj_down, padded, group_size, rotate, group_scale is not None, act_bits
+
+
+def operations(dtype_w8=torch.bfloat16):
+    """One call of each op, as (op, x, the other arguments)."""
+    w8a32, w8a16 = w8_problem(33, 96, 128, torch.float32, torch.float32), w8_problem(33, 96, 128, dtype_w8, dtype_w8)
+    svdq = (*svdq_problem(33, 96, 128, 64, True, torch.bfloat16), True, 4)
+    return [
+        (ops.w8a32_linear, w8a32[0], w8a32[1:]),
+        (ops.w8a16_linear, w8a16[0], w8a16[1:]),
+        (ops.svdq_linear, svdq[0], svdq[1:]),
+    ]
+
+
+OPS = ["w8a32", "w8a16", "svdq"]
+
+
+# ---- parity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_w8a16_is_right_to_the_rounding_of_its_output(m, n, k, dtype):
+    problem = w8_problem(m, n, k, dtype, None if m == 2 else dtype)
+    y = ops.w8a16_linear(*problem)
+    assert y.dtype == dtype and y.shape == (m, n)
+    assert relative(y, w8_truth(*problem)) < EPSILON[dtype]
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_w8a32_has_the_accuracy_of_float32(m, n, k):
+    problem = w8_problem(m, n, k, torch.float32, torch.float32)
+    assert relative(ops.w8a32_linear(*problem), w8_truth(*problem)) < EPSILON[torch.float32]  # TF32 would be at 2e-4
+
+
+def test_the_three_terms_of_a_float32_add_up_to_it_exactly():
+    numbers = torch.cat([torch.randn(50, device="cuda") * 10.0**p for p in (-30, -20, -3, 0, 3, 20, 37)])
+    numbers = numbers[numbers.isfinite()]
+    one = torch.ones(1, 1, dtype=torch.int8, device="cuda")
+    y = ops.w8a32_linear(numbers[:, None], one, torch.ones(1, device="cuda"), None)
+    assert torch.equal(y[:, 0], numbers)
+
+
+def test_w8a32_keeps_infinity_and_nan_where_they_are():
+    x = torch.randn(3, 40, device="cuda")
+    x[0, 3], x[1, 5] = float("inf"), float("nan")
+    qweight = torch.randint(1, 128, (8, 40), dtype=torch.int8, device="cuda")
+    y = ops.w8a32_linear(x, qweight, torch.ones(8, device="cuda"), None)
+    assert y[0].eq(float("inf")).all() and y[1].isnan().all() and y[2].isfinite().all()
+
+
+def test_w8a16_sums_beyond_the_range_of_float16():
+    x = torch.full((17, 4096), 60000.0, dtype=torch.float16, device="cuda")
+    qweight = torch.full((64, 4096), 127, dtype=torch.int8, device="cuda")
+    y = ops.w8a16_linear(x, qweight, torch.full((64,), 1e-6, device="cuda"), None)
+    assert torch.allclose(y.float(), torch.tensor(60000.0 * 127 * 4096 * 1e-6, device="cuda"), rtol=1e-3)
+
+
+def assert_codes(problem, act_bits, rotate):
+    args = quantizer_args(problem, act_bits, rotate)
+    two_level = args[6]
+    codes, scale, lora_act = ops.svdq_quantize(*args)
+    ref_codes, ref_scale, ref_lora = reference.svdq_quantize(*(a.cpu() if torch.is_tensor(a) else a for a in args))
+    off = (codes.cpu().int() - ref_codes.int()).abs()
+    assert off.max() <= (16 if two_level and act_bits == 4 else 1)
+    assert off.ne(0).float().mean() < 2e-3  # numbers in the middle of two codes, where the order of a sum decides
+    assert torch.allclose(scale.cpu(), ref_scale, rtol=1e-5, atol=0)
+    assert relative(lora_act.cpu(), ref_lora) < (4e-6 if args[0].dtype == torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_codes_equal_the_reference_for_every_group_size(group_size, mode):
+    two_level, act_bits = MODES[mode]
+    assert_codes(svdq_problem(17, 16, 4096, group_size, two_level, torch.bfloat16), act_bits, rotate=True)
+
+
+@pytest.mark.parametrize("m, k", [(1, 77), (65, 3000), (5, 10000)])  # a tile of 2048 features, of 4096, several
+@pytest.mark.parametrize("mode, rotate", [(mode, True) for mode in MODES] + [("two_level", False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_equal_the_reference_for_every_type_and_length(dtype, mode, rotate, m, k):
+    two_level, act_bits = MODES[mode]
+    assert_codes(svdq_problem(m, 16, k, 64, two_level, dtype), act_bits, rotate)
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_without_rotation_are_those_of_the_reference_but_for_exact_ties(dtype, smooth):
+    """Nothing is summed then, so only a quotient that lands on a tie can differ, by its last bit."""
+    args = quantizer_args(svdq_problem(64, 16, 4096, 64, True, dtype, smooth=smooth), 4, rotate=False)
+    codes, _, _ = ops.svdq_quantize(*args)
+    ref_codes, _, _ = reference.svdq_quantize(*(a.cpu() if torch.is_tensor(a) else a for a in args))
+    assert codes.cpu().ne(ref_codes).float().mean() < 1e-5
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize(
+    "mode, dtype",
+    [(mode, torch.bfloat16) for mode in MODES] + [("two_level", torch.float16), ("two_level", torch.float32)],
+)
+def test_svdq_is_the_product_of_its_codes(mode, dtype, m, n, k):
+    two_level, act_bits = MODES[mode]
+    assert_svdq(svdq_problem(m, n, k, 64, two_level, dtype), act_bits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("m", [3, 200])
+def test_svdq_for_every_group_size(m, group_size, mode):
+    two_level, act_bits = MODES[mode]
+    assert_svdq(svdq_problem(m, 300, 520, group_size, two_level, torch.bfloat16), act_bits)
+
+
+@pytest.mark.parametrize("rank", [0, 5, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m", [3, 200])
+def test_svdq_for_every_rank(m, dtype, rank):
+    assert_svdq(svdq_problem(m, 300, 520, 64, True, dtype, rank, smooth=False), 4)
+
+
+def assert_svdq(problem, act_bits):
+    x, qweight, scale, group_scale, _, _, proj_up, bias, group_size = problem
+    y = ops.svdq_linear(*problem, True, act_bits)
+    assert y.dtype == x.dtype and y.shape == (x.shape[0], qweight.shape[0])
+    made = ops.svdq_quantize(*quantizer_args(problem, act_bits))
+    truth = reference.svdq_gemm(*made, qweight, scale, group_scale, proj_up, bias, group_size, torch.float64)
+    assert relative(y, truth) < EPSILON[x.dtype] * (5 if x.dtype == torch.float32 else 1)
+
+
+def test_svdq_takes_the_largest_sums():
+    x = torch.ones(20, 8192, device="cuda")
+    qweight = pack_int4(torch.full((70, 8192), -8, dtype=torch.int8, device="cuda"))
+    group_scale = torch.full((70, 128), 16, dtype=torch.uint8, device="cuda")
+    y = ops.svdq_linear(x, qweight, torch.ones(70, device="cuda"), group_scale, None, None, None, None, 64, False, 8)
+    assert torch.allclose(y, torch.full_like(y, -128.0 * 8192), rtol=1e-6)
+
+
+def test_offsets_past_two_gigabytes():
+    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
+        pytest.skip("needs 24 GB of memory")
+    m, n, k = 600_000, 16, 4096  # x has 2.5e9 numbers
+    x = torch.zeros(m, k, dtype=torch.bfloat16, device="cuda")
+    x[-5:] = randn(5, k, dtype=torch.bfloat16)
+    _, qweight, scale, _ = w8_problem(1, n, k, torch.bfloat16)
+    y = ops.w8a16_linear(x, qweight, scale, None)
+    assert y[:-5].eq(0).all() and relative(y[-5:], w8_truth(x[-5:], qweight, scale, None)) < 3e-3
+    few = svdq_problem(1, n, k, 64, True, torch.bfloat16)[1:7]
+    y = ops.svdq_linear(x, *few, None, 64, True, 4)
+    assert y[:-5].eq(0).all()
+    assert relative(y[-5:], ops.svdq_linear(x[-5:], *few, None, 64, True, 4)) < 3e-3
+
+
+@pytest.mark.parametrize("which", range(3), ids=OPS)
+def test_two_runs_are_equal_to_the_bit(which):
+    op, x, rest = operations()[which]
+    assert torch.equal(op(x, *rest), op(x, *rest))
+
+
+@pytest.mark.parametrize("which", range(3), ids=OPS)
+def test_empty_and_strided_inputs(which):
+    op, x, rest = operations()[which]
+    whole = op(x, *rest)
+    assert op(x[:0], *rest).shape == (0, whole.shape[1])
+    assert torch.equal(op(x.t().contiguous().t(), *rest), whole)
+    assert torch.equal(op(x[::3], *rest), op(x[::3].clone(), *rest))
+
+
+@pytest.mark.parametrize("which", range(3), ids=OPS)
+def test_a_wrong_type_is_an_error_that_says_so(which):
+    op, x, rest = operations()[which]
+    with pytest.raises(TypeError, match=r"x must be .*, got float64"):
+        op(x.double(), *rest)
+
+
+# ---- with the rest of torch -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", range(3), ids=OPS)
+def test_torch_compile_in_one_graph_for_any_number_of_tokens(which):
+    op, _, rest = operations()[which]
+
+    def layer(x):
+        return torch.relu(op(x * 2, *rest))
+
+    dtype, k = operations()[which][1].dtype, 128
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for m in (5, 64, 300):
+        x = randn(m, k, dtype=dtype)
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("which", range(3), ids=OPS)
+def test_a_cuda_graph_replays_with_new_numbers(which):
+    op, x, rest = operations()[which]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles the kernels, which a capture must not
+        op(x, *rest)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = op(x, *rest)
+    fresh = torch.randn_like(x)
+    x.copy_(fresh)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, op(fresh, *rest))
+
+
+@pytest.mark.parametrize("which", range(3), ids=OPS)
+def test_the_current_stream_is_used(which):
+    op, x, rest = operations()[which]
+    wanted = op(x, *rest)
+    stream, late = torch.cuda.Stream(), torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # long enough that a launch on another stream would read the zeros
+        late.copy_(x)
+        y = op(late, *rest)
+    stream.synchronize()
+    assert torch.equal(y, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_device_that_is_not_the_current_one():
+    problem = w8_problem(33, 96, 128, torch.bfloat16, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert relative(ops.w8a16_linear(*problem), w8_truth(*problem)) < 3e-3
+    problem = svdq_problem(33, 96, 128, 64, True, torch.bfloat16, device="cuda:1")
+    assert ops.svdq_linear(*problem, True, 4).device == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="qweight is on cuda:0 and x on cuda:1"):
+        x, qweight, scale, _ = w8_problem(33, 96, 128, torch.bfloat16)
+        ops.w8a16_linear(x.to("cuda:1"), qweight, scale, None)
+
+
+@pytest.mark.parametrize("which", range(3), ids=OPS)
+def test_gradients_flow_as_through_the_dequantized_layer(which):
+    op, x, rest = operations(torch.float16)[which]
+    if which < 2:
+        weight = reference.w8_dequantize(*rest[:2])
+    else:
+        qweight, scale, group_scale, smooth_factor, proj_down, proj_up, _, group_size, rotate, _ = rest
+        weight = reference.svdq_dequantize(
+            x.shape[1], qweight, scale, group_scale, smooth_factor, proj_down, proj_up, group_size, rotate
+        )
+    x.requires_grad_(True)
+    y = op(x, *rest)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert x.grad.dtype == x.dtype
+    assert relative(x.grad, grad.double() @ weight.double()) < EPSILON[x.dtype]
