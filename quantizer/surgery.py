@@ -145,10 +145,10 @@ def _inside_adapters(model: nn.Module) -> dict[int, str]:
     """Linear layers inside a PEFT adapter, which trains some and merges into others through `.weight`."""
     found: dict[int, str] = {}
     for module in model.modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+        if isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "merge"):
             for inner in module.modules():
                 if isinstance(inner, nn.Linear):
-                    found[id(inner)] = "inside a LoRA adapter: merge it first, or add the adapter after quantizing"
+                    found[id(inner)] = "inside an adapter (LoRA or alike): merge it first, or add it after quantizing"
     return found
 
 

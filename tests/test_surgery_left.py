@@ -141,14 +141,18 @@ def test_a_linear_of_no_inputs_is_left_alone():
     assert [layer.name for layer in plan.todo] == ["2"] and "5x0" in str(plan)
 
 
-def test_a_peft_adapter_is_left_whole_and_the_rest_is_quantized():
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoHaConfig", "IA3Config"])
+def test_a_peft_adapter_is_left_whole_and_the_rest_is_quantized(kind):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        nn.Sequential(block(), block()), peft.LoraConfig(target_modules=["0.0"], r=2, lora_alpha=2)
-    )
+    options = {"feedforward_modules": []} if kind == "IA3Config" else {"r": 2}
+    config = getattr(peft, kind)(target_modules=["0.0"], **options)
+    model = peft.get_peft_model(nn.Sequential(block(), block()), config)
     before = {n for n, m in model.named_modules() if type(m) is nn.Linear and ".0.0." in n}
-    assert len(before) == 3
+    assert len(before) == (3 if kind == "LoraConfig" else 1)
+    x = torch.randn(2, 18)
+    exact = model(x)
     quantize(model)
     assert {n for n, m in model.named_modules() if type(m) is nn.Linear} == before
-    assert all("LoRA" in reason(model, name) for name in before)
+    assert all("inside an adapter" in reason(model, name) for name in before)
     assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 3
+    torch.testing.assert_close(model(x), exact, rtol=0.1, atol=0.1)

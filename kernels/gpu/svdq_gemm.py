@@ -13,6 +13,9 @@ from triton.backends.compiler import GPUTarget
 
 from .common import FLOATS, TERMS, on_device, require, split_dot, target_of, tile_of
 
+# One product is at most 127 * 128, and an int32 holds this many of them.
+MAX_FEATURES = (2**31 - 1) // (127 * 128)
+
 
 @triton.jit
 def load_pieces(row_ptrs, b, groups, GROUP: tl.constexpr, PIECES: tl.constexpr, EACH: tl.constexpr):
@@ -64,7 +67,7 @@ def svdq_gemm_kernel(
         PIECES: tl.constexpr = BLOCK_B // EACH
         integer_rows = group_scale_ptr + rows_n[:, None] * groups
         next_integer = load_pieces(integer_rows, 0, groups, GROUP, PIECES, EACH)
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # exact up to K = 132,000
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # exact up to MAX_FEATURES
     else:
         BYTES: tl.constexpr = min(GROUP // 2, BLOCK_B)  # of one group in a tile
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -176,6 +179,8 @@ def gemm(
     proj_up = require(op, codes, "proj_up", proj_up, FLOATS, n, rank)
     proj_up = proj_up if rank else None
     bias = require(op, codes, "bias", bias, FLOATS, n)
+    if two_level and padded > MAX_FEATURES:
+        raise ValueError(f"{op}: two-level scales take at most {MAX_FEATURES} input features, got {padded}")
     y = codes.new_empty(m, n, dtype=out_dtype)
     if y.numel() == 0:
         return y
