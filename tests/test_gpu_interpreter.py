@@ -388,3 +388,11 @@ def test_svdq_says_which_argument_is_wrong(kernels):
         kernels("svdq.svdq_linear", x, qweight, scale, group_scale, smooth, down, up, bias, group, True, 6)
     with pytest.raises(ValueError, match="proj_up must have shape"):
         kernels("svdq.svdq_linear", x, qweight, scale, group_scale, smooth, down, up[:, :3], bias, group, True, 4)
+
+
+def test_svdq_refuses_sums_that_an_int32_cannot_hold(kernels):
+    k = 132_160  # 127 * 128 each: just above 2^31
+    qweight, group_scale = torch.zeros(1, k // 2, dtype=torch.uint8), torch.ones(1, k // 64, dtype=torch.uint8)
+    problem = (torch.zeros(1, k), qweight, torch.ones(1), group_scale, None, None, None, None, 64)
+    with pytest.raises(ValueError, match="two-level scales take at most 132104 input features, got 132160"):
+        kernels("svdq.svdq_linear", *problem, False, 8)
