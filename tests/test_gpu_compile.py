@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -213,10 +214,13 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
-    commands = [[sys.executable, __file__, str(part), "2"] for part in range(2)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for command in commands]
-    lines = [line for process in processes for line in process.communicate()[0].splitlines()]
-    return dict(map(json.loads, lines))
+
+    def half(part: int) -> list[str]:
+        command = [sys.executable, __file__, str(part), "2"]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env).stdout.splitlines()
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(json.loads(line) for lines in pool.map(half, range(2)) for line in lines)
 
 
 def wanted_mma(target: str, kernel: str, m: int, dtype: str) -> str:
@@ -235,7 +239,7 @@ def wanted_mma(target: str, kernel: str, m: int, dtype: str) -> str:
 
 @pytest.mark.parametrize("target, case", ALL, ids=[name(*pair) for pair in ALL])
 def test_a_launch_compiles_without_spills_to_the_instruction_that_was_meant(results, target, case):
-    result = results[name(target, case)]
+    result = results.get(name(target, case), {"error": "no answer: the compiler died, on this case or one before it"})
     assert "error" not in result, result["error"]
     assert result["spilled"] == 0, result
     assert result["shared"] <= SHARED_BYTES[target], result
