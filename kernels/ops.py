@@ -1,7 +1,7 @@
 """One torch op per scheme: schema, shapes, gradients, autocast, and which backend answers on which device.
 
-``torch.ops.qgraft.{w8a32_linear, w8a16_linear, svdq_linear, svdq_quantize}``. Declared with `torch.library.Library`
-rather than `custom_op`, which costs 30 microseconds more a call on the host. No layer knows on which device it runs:
+``torch.ops.qgraft.{w8a32_linear, w8a16_linear, w8a8_linear, w4a16_linear, svdq_linear, svdq_quantize}``. Declared with
+`torch.library.Library` rather than `custom_op`, which costs 30 microseconds more a call on the host. No layer knows on which device it runs:
 the dispatcher picks `cpu/` for CPU tensors, `gpu/` for CUDA and ROCm ones where Triton is installed, and
 `reference.py` for any other device (with one warning, because it is slow).
 """
@@ -25,6 +25,14 @@ _SVDQ_ARGS = (
 )
 _lib.define("w8a32_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
 _lib.define("w8a16_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
+_lib.define(
+    "w8a8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? act_scale, "
+    "Tensor? act_zero_point, Tensor? bias) -> Tensor"
+)
+_lib.define(
+    "w4a16_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? smooth_factor, "
+    "Tensor? proj_down, Tensor? proj_up, Tensor? bias, int group_size, bool rotate) -> Tensor"
+)
 _lib.define(f"svdq_linear({_SVDQ_ARGS}) -> Tensor")
 _lib.define(
     "svdq_quantize(Tensor x, Tensor? smooth_factor, Tensor? proj_down, int padded, int group_size, "
@@ -33,6 +41,8 @@ _lib.define(
 
 w8a32_linear = torch.ops.qgraft.w8a32_linear
 w8a16_linear = torch.ops.qgraft.w8a16_linear
+w8a8_linear = torch.ops.qgraft.w8a8_linear
+w4a16_linear = torch.ops.qgraft.w4a16_linear
 svdq_linear = torch.ops.qgraft.svdq_linear
 svdq_quantize = torch.ops.qgraft.svdq_quantize
 
@@ -85,6 +95,8 @@ def _gpu(module: str, function: str) -> Callable | None:
 
 _register("w8a32_linear", reference.w8_linear, cpu.w8a32_linear, _gpu("w8a32", "w8a32_linear"))
 _register("w8a16_linear", reference.w8_linear, cpu.w8a16_linear, _gpu("w8a16", "w8a16_linear"))
+_register("w8a8_linear", reference.w8a8_linear, reference.w8a8_linear, None)
+_register("w4a16_linear", reference.w4a16_linear, reference.w4a16_linear, None)
 _register("svdq_linear", reference.svdq_linear, cpu.svdq_linear, _gpu("svdq", "svdq_linear"))
 _register("svdq_quantize", reference.svdq_quantize, cpu.svdq_quantize, _gpu("svdq", "svdq_quantize"))
 
@@ -107,7 +119,7 @@ def _fake_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_
     )
 
 
-for _name in ("w8a32_linear", "w8a16_linear", "svdq_linear"):
+for _name in ("w8a32_linear", "w8a16_linear", "w8a8_linear", "w4a16_linear", "svdq_linear"):
     torch.library.register_fake(f"qgraft::{_name}", _fake_linear, lib=_lib)
 torch.library.register_fake("qgraft::svdq_quantize", _fake_quantize, lib=_lib)
 
@@ -150,8 +162,38 @@ def _backward_svdq(ctx, grad: Tensor):
     return grad_x, None, None, None, None, None, None, _grad_bias(ctx, grad, 7), None, None, None
 
 
+def _save_w8a8(ctx, inputs, output) -> None:
+    _, qweight, scale, zero_point, _, _, bias = inputs
+    ctx.save_for_backward(qweight, scale, zero_point)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_w8a8(ctx, grad: Tensor):
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad.float() @ reference.w8a8_dequantize(*ctx.saved_tensors)).to(grad.dtype)
+    return grad_x, None, None, None, None, None, _grad_bias(ctx, grad, 6)
+
+
+def _save_w4a16(ctx, inputs, output) -> None:
+    x, *tensors, bias, group_size, rotate = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.in_features, ctx.group_size, ctx.rotate = x.shape[1], group_size, rotate
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_w4a16(ctx, grad: Tensor):
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        weight = reference.w4a16_dequantize(ctx.in_features, *ctx.saved_tensors, ctx.group_size, ctx.rotate)
+        grad_x = (grad.float() @ weight).to(grad.dtype)
+    return grad_x, None, None, None, None, None, None, _grad_bias(ctx, grad, 7), None, None
+
+
 for _name in ("w8a32_linear", "w8a16_linear"):
     torch.library.register_autograd(f"qgraft::{_name}", _backward_w8, setup_context=_save_w8, lib=_lib)
+torch.library.register_autograd("qgraft::w8a8_linear", _backward_w8a8, setup_context=_save_w8a8, lib=_lib)
+torch.library.register_autograd("qgraft::w4a16_linear", _backward_w4a16, setup_context=_save_w4a16, lib=_lib)
 torch.library.register_autograd("qgraft::svdq_linear", _backward_svdq, setup_context=_save_svdq, lib=_lib)
 
 
@@ -173,4 +215,6 @@ def _autocast(name: str, device: str, wanted: Callable[[str], torch.dtype]) -> N
 for _device in ("cpu", "cuda"):
     _autocast("w8a32_linear", _device, lambda device: torch.float32)  # its promise is float32
     _autocast("w8a16_linear", _device, torch.get_autocast_dtype)
+    _autocast("w8a8_linear", _device, torch.get_autocast_dtype)
+    _autocast("w4a16_linear", _device, torch.get_autocast_dtype)
     _autocast("svdq_linear", _device, torch.get_autocast_dtype)

@@ -38,6 +38,53 @@ def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def w8a8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """y = s_a * scale * sum_k (qa - za) (qweight - zero_point) + bias, the integer sum exact.
+
+    x (M, K) float; qweight (N, K) int8; scale (N,) float32; zero_point (N,) int8, or None for 0; bias (N,) or None.
+    The codes qa and their s_a and za come from :func:`w8a8_quantize`. Returns (M, N) in x's dtype.
+    """
+    codes, steps = w8a8_quantize(x, act_scale, act_zero_point)
+    act, weight = codes.double(), qweight.double()  # float64 holds every sum of K < 2^37 products
+    if act_zero_point is not None:
+        act = act - act_zero_point
+    if zero_point is not None:
+        weight = weight - zero_point[:, None]
+    y = (act @ weight.t()) * steps * scale
+    return add_bias(y, bias).to(x.dtype)
+
+
+def w8a8_quantize(x: Tensor, act_scale: Tensor | None, act_zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Activations x (M, K) float -> codes (M, K) int8 and their scale, float32.
+
+    act_scale None, dynamic: one scale a token, (M, 1), absmax / 127; codes in [-127, 127], zero point 0.
+    act_scale 0-dim float32 and act_zero_point 0-dim int8, static: codes round(x / act_scale) + act_zero_point,
+    clamped to [-128, 127]; the scale comes back as it is.
+    """
+    x = x.float()
+    if act_scale is None:
+        steps = (x.abs().amax(-1, keepdim=True) / INT8_MAX).clamp_min(TINY)  # (M, 1)
+        return (x / steps).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), steps
+    codes = (x / act_scale).round()
+    if act_zero_point is not None:
+        codes = codes + act_zero_point
+    return codes.clamp(-INT8_MAX - 1, INT8_MAX).to(torch.int8), act_scale
+
+
+def w8a8_dequantize(qweight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The effective weight, (N, K) float32: scale * (code - zero_point)."""
+    codes = qweight.float()
+    return (codes if zero_point is None else codes - zero_point[:, None]) * scale[:, None]
+
+
 def hadamard(n: int, device: torch.device | None = None) -> Tensor:
     """The orthonormal Sylvester Hadamard matrix, (n, n) float32, n a power of two; symmetric, its own inverse.
 
@@ -160,9 +207,8 @@ def svdq_linear(
 
 def svdq_residual(qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_size: int) -> Tensor:
     """The dequantized residual in its own (smoothed, rotated, padded) basis, (N, Kp) float32."""
-    codes = unpack_int4(qweight).unflatten(-1, (-1, group_size)).float()  # (N, Kp // G, G)
     steps = scale if group_scale is None else scale[:, None] * group_scale  # (N, Kp // G)
-    return (codes * steps[..., None]).flatten(-2)
+    return w4_residual(qweight, steps, None, group_size)
 
 
 def svdq_dequantize(
@@ -178,6 +224,19 @@ def svdq_dequantize(
 ) -> Tensor:
     """The effective weight of the layer seen from raw x, (N, K) float32: what gradients flow through."""
     weight = svdq_residual(qweight, scale, group_scale, group_size)
+    return _seen_from_raw_x(weight, in_features, smooth_factor, proj_down, proj_up, group_size, rotate)
+
+
+def _seen_from_raw_x(
+    weight: Tensor,
+    in_features: int,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    group_size: int,
+    rotate: bool,
+) -> Tensor:
+    """A smoothed, rotated, padded weight (N, Kp) and its branch as the one (N, K) that x multiplies."""
     if rotate:
         weight = rotate_groups(weight, group_size)  # H is symmetric: R H^T = R H
     weight = weight[:, :in_features]
@@ -186,3 +245,58 @@ def svdq_dequantize(
     if proj_up is not None and proj_down is not None:
         weight = weight + proj_up.float() @ proj_down.float().t()
     return weight
+
+
+def w4a16_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    rotate: bool,
+) -> Tensor:
+    """y = x' w^T + (x @ proj_down) @ proj_up^T + bias, w = scale * (code - zero_point), sums in float32.
+
+    x (M, K) float; qweight (N, Kp // 2) uint8; scale (N, Kp // G) float; zero_point (N, Kp // G) int8 in [-8, 7], or
+    None for 0; smooth_factor (K,) float32; proj_down (K, R), proj_up (N, R). One scale a row is group_size = Kp.
+    x' = x / smooth_factor, padded to Kp, rotated in each group, and rounded to x's dtype, in which a matrix unit
+    takes it. Returns (M, N) in x's dtype.
+    """
+    act = x.float()
+    y = 0.0 if proj_down is None or proj_up is None else (act @ proj_down.float()) @ proj_up.float().t()
+    if smooth_factor is not None:
+        act = act / smooth_factor
+    act = F.pad(act, (0, 2 * qweight.shape[1] - x.shape[1]))
+    if rotate:
+        act = rotate_groups(act, group_size)
+    act = act.to(x.dtype).float()
+    y = y + act @ w4_residual(qweight, scale, zero_point, group_size).t()
+    return add_bias(y, bias).to(x.dtype)
+
+
+def w4_residual(qweight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
+    """The dequantized codes in their own (smoothed, rotated, padded) basis, (N, Kp) float32."""
+    codes = unpack_int4(qweight).unflatten(-1, (-1, group_size)).float()  # (N, Kp // G, G)
+    if zero_point is not None:
+        codes = codes - zero_point[..., None]
+    return (codes * scale.float()[..., None]).flatten(-2)
+
+
+def w4a16_dequantize(
+    in_features: int,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    group_size: int,
+    rotate: bool,
+) -> Tensor:
+    """The effective weight of the layer seen from raw x, (N, K) float32: what gradients flow through."""
+    weight = w4_residual(qweight, scale, zero_point, group_size)
+    return _seen_from_raw_x(weight, in_features, smooth_factor, proj_down, proj_up, group_size, rotate)
