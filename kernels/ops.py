@@ -1,9 +1,9 @@
 """One torch op per scheme: schema, shapes, gradients, autocast, and which backend answers on which device.
 
 ``torch.ops.qgraft.{w8a32_linear, w8a16_linear, w8a8_linear, w4a16_linear, svdq_linear, svdq_quantize}``. Declared with
-`torch.library.Library` rather than `custom_op`, which costs 30 microseconds more a call on the host. No layer knows on which device it runs:
-the dispatcher picks `cpu/` for CPU tensors, `gpu/` for CUDA and ROCm ones where Triton is installed, and
-`reference.py` for any other device (with one warning, because it is slow).
+`torch.library.Library` rather than `custom_op`, which costs 30 microseconds more a call on the host. No layer knows on
+which device it runs: the dispatcher picks `cpu/` for CPU tensors, `gpu/` for CUDA and ROCm ones where Triton is
+installed and there is a kernel, and `reference.py` for any other device (with one warning, because it is slow).
 """
 
 import functools
