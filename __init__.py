@@ -4,6 +4,7 @@ from qgraft import Quantizer
 model = Quantizer(model).quantize("w4a4_svd")
 """
 
+from . import functional
 from .layers import QuantLinear, SVDQW4A4Linear, W8A16Linear, W8A32Linear
 from .quantizer import Plan, Quantizer, Report
 from .quantizer.checkpoint import save
@@ -21,6 +22,7 @@ __all__ = [
     "SVDQW4A4Linear",
     "W8A16Linear",
     "W8A32Linear",
+    "functional",
     "load",
     "load_recipe",
     "save",
