@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +22,35 @@ ROUNDER = tl.constexpr(12582912.0)
 # ---- host -----------------------------------------------------------------------------------------------------------
 
 
+class Launch(NamedTuple):
+    """A launch that was caught: what Triton needs to compile it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict
+
+
+class Pretended(NamedTuple):
+    """A GPU to prepare launches for that need not be here (see `ahead`): they are noted, and nothing runs."""
+
+    target: GPUTarget
+    table: str | None
+    launches: list[Launch]
+
+
+pretended: Pretended | None = None
+
+
+def launch(kernel, programs: int, x: Tensor, *args, **options) -> None:
+    """Run so many programs of a kernel on the device of x, whose first argument is x."""
+    if pretended is not None:
+        pretended.launches.append(Launch(kernel, (programs,), (x, *args), options))
+        return
+    with on_device(x):
+        kernel[(programs,)](x, *args, **options)
+
+
 @functools.cache
 def _target(device: int) -> GPUTarget:
     with torch.cuda.device(device):
@@ -29,7 +59,26 @@ def _target(device: int) -> GPUTarget:
 
 def target_of(x: Tensor) -> GPUTarget:
     """What the kernels for x are compiled for: backend "cuda" with arch 80, 90.. or "hip" with arch "gfx942".."""
+    if pretended is not None:
+        return pretended.target
     return _target(x.device.index) if x.is_cuda else GPUTarget("cuda", 80, 32)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors_of(x: Tensor) -> int:
+    """How many multiprocessors (compute units) the device of x has."""
+    if pretended is not None:
+        return 132
+    return _processors(x.device.index) if x.is_cuda else 8
+
+
+def has_assembly(target: GPUTarget) -> bool:
+    """Whether `unpack` may use NVIDIA's instructions (bfloat16 arithmetic came with sm_80)."""
+    return target.backend == "cuda" and target.arch >= 80 and not INTERPRET
 
 
 def has_tensor_memory(target: GPUTarget) -> bool:

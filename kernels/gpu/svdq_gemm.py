@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .common import FLOATS, TERMS, on_device, require, split_dot, target_of, tile_of
+from .common import FLOATS, TERMS, has_assembly, launch, require, split_dot, target_of, tile_of
+from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .unpack import folded_int8, int8_times_16
 
 # One product is at most 127 * 128, and an int32 holds this many of them.
 MAX_FEATURES = (2**31 - 1) // (127 * 128)
@@ -30,90 +32,14 @@ def spread_pieces(values, ROWS: tl.constexpr, PIECES: tl.constexpr, EACH: tl.con
     return tl.reshape(tl.broadcast_to(values[:, :, None], (ROWS, PIECES, EACH)), (ROWS, PIECES * EACH))
 
 
-@triton.jit(do_not_specialize=["M"])  # or M = 1, 15 and 16 would each be compiled
-def svdq_gemm_kernel(
-    codes_ptr, act_scale_ptr, lora_ptr, qweight_ptr, scale_ptr, group_scale_ptr, up_ptr, bias_ptr, y_ptr,
-    M, N, HALF, R,
-    GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr, EVEN_K: tl.constexpr,
-    LORA_TERMS: tl.constexpr, UP_TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
+@triton.jit
+def store_product(
+    acc, act_scale_ptr, lora_ptr, scale_ptr, up_ptr, bias_ptr, y_ptr,
+    offs_m, offs_n, rows_m, rows_n, M, N, R,
+    ACT_GROUPS: tl.constexpr, TWO_LEVEL: tl.constexpr, LORA_TERMS: tl.constexpr, UP_TERMS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    #            HALF = Kp / 2 bytes         BLOCK_M
-    #         .----------------------.      .---.           .---.
-    # BLOCK_N |  qweight (2 codes) -->|  |  |   | even      |   | odd features of codes^T
-    #         '----------------------'   v  |   |           |   |
-    #                                       '---'           '---'
-    # acc (BLOCK_N, BLOCK_M) += low nibbles @ even + high nibbles @ odd, stored transposed into y (M, N)
-    TWO_LEVEL: tl.constexpr = group_scale_ptr is not None
-    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_b = tl.arange(0, BLOCK_B)
-
-    # Rows past the end read the last row again: cheaper than a mask, and never stored.
-    rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
-    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    w_ptrs = qweight_ptr + rows_n[:, None] * HALF + offs_b[None, :]
-    even_ptrs = codes_ptr + rows_m[None, :] * (2 * HALF) + offs_b[:, None]
-    odd_ptrs = even_ptrs + HALF
-
-    groups = HALF * 2 // GROUP
-    if TWO_LEVEL:
-        # The integers of a tile are too few bytes for the pipeline's asynchronous copies, so they are fetched one
-        # step ahead by hand. In pieces of half a tile or less: a single one makes the compiler send the weights
-        # through shared memory.
-        EACH: tl.constexpr = min(GROUP // 2, BLOCK_B // 2)
-        PIECES: tl.constexpr = BLOCK_B // EACH
-        integer_rows = group_scale_ptr + rows_n[:, None] * groups
-        next_integer = load_pieces(integer_rows, 0, groups, GROUP, PIECES, EACH)
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # exact up to MAX_FEATURES
-    else:
-        BYTES: tl.constexpr = min(GROUP // 2, BLOCK_B)  # of one group in a tile
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-
-    for b in range(0, HALF, BLOCK_B):
-        if EVEN_K:
-            packed = tl.load(w_ptrs)
-            even = tl.load(even_ptrs)
-            odd = tl.load(odd_ptrs)
-        else:
-            packed = tl.load(w_ptrs, mask=(offs_b < HALF - b)[None, :], other=0)
-            even = tl.load(even_ptrs, mask=(offs_b < HALF - b)[:, None], other=0)
-            odd = tl.load(odd_ptrs, mask=(offs_b < HALF - b)[:, None], other=0)
-        packed = packed.to(tl.int32)
-        low = (packed & 0xF) ^ 8  # the code plus 8
-        high = (packed >> 4) ^ 8
-        if TWO_LEVEL:
-            # The integer times the code is an int8 (16 * -8 = -128). Offset by 128 it is one multiply-add of bytes
-            # without signs; the exclusive or takes the 128 off again.
-            integer = spread_pieces(next_integer.to(tl.int32), BLOCK_N, PIECES, EACH)
-            next_integer = load_pieces(integer_rows, b + BLOCK_B, groups, GROUP, PIECES, EACH)
-            offset = 128 - 8 * integer
-            low = ((low * integer + offset) ^ 0x80).to(tl.int8)
-            high = ((high * integer + offset) ^ 0x80).to(tl.int8)
-            acc = tl.dot(low, even, acc, out_dtype=tl.int32)
-            acc = tl.dot(high, odd, acc, out_dtype=tl.int32)
-        else:
-            low = (low - 8).to(tl.int8)
-            high = (high - 8).to(tl.int8)
-            for g in tl.static_range(BLOCK_B // BYTES):
-                group = b * 2 // GROUP + g
-                step = tl.load(scale_ptr + rows_n * groups + group, mask=group < groups, other=0.0)[:, None]
-                if ACT_GROUPS:
-                    act_step = tl.load(act_scale_ptr + rows_m * groups + group, mask=group < groups, other=0.0)
-                    step = step * act_step[None, :]
-                low_g, high_g = low, high
-                if BLOCK_B > BYTES:  # too short for the tensor cores alone: its neighbours count as zero
-                    low_g = tl.where((offs_b // BYTES == g)[None, :], low, 0)
-                    high_g = tl.where((offs_b // BYTES == g)[None, :], high, 0)
-                part = tl.dot(low_g, even, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32), out_dtype=tl.int32)
-                part = tl.dot(high_g, odd, part, out_dtype=tl.int32)
-                acc += part.to(tl.float32) * step
-        w_ptrs += BLOCK_B
-        even_ptrs += BLOCK_B
-        odd_ptrs += BLOCK_B
-
+    """y = acc^T * scales + lora_act @ up^T + bias; acc is (BLOCK_N, BLOCK_M)."""
     y = acc.to(tl.float32)
     if not ACT_GROUPS:
         y *= tl.load(act_scale_ptr + rows_m)[None, :]
@@ -130,6 +56,98 @@ def svdq_gemm_kernel(
         y += tl.load(bias_ptr + rows_n).to(tl.float32)[:, None]
     y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & (offs_n < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
+def svdq_gemm_kernel(
+    codes_ptr, act_scale_ptr, lora_ptr, qweight_ptr, scale_ptr, group_scale_ptr, up_ptr, bias_ptr, y_ptr,
+    workspace_ptr, counter_ptr,
+    M, N, HALF, R, splits,
+    GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, ASM: tl.constexpr,
+    LORA_TERMS: tl.constexpr, UP_TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    #            HALF = Kp / 2 bytes         BLOCK_M
+    #         .----------------------.      .---.           .---.
+    # BLOCK_N |  qweight (2 codes) -->|  |  |   | even      |   | odd features of codes^T
+    #         '----------------------'   v  |   |           |   |
+    #                                       '---'           '---'
+    # acc (BLOCK_N, BLOCK_M) += low nibbles @ even + high nibbles @ odd, stored transposed into y (M, N)
+    TWO_LEVEL: tl.constexpr = group_scale_ptr is not None
+    # With SPLIT_K, `splits` programs in a row share a tile, each with its part of the bytes.
+    tile, split, begin, end = tl.program_id(0), 0, 0, HALF
+    if SPLIT_K:
+        tile, split = tile // splits, tile % splits
+        begin, end = share_of(split, splits, HALF, BLOCK_B)
+    pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_b = begin + tl.arange(0, BLOCK_B)
+
+    # Rows past the end read the last row again: cheaper than a mask, and never stored.
+    rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    w_ptrs = qweight_ptr + rows_n[:, None] * HALF + offs_b[None, :]
+    even_ptrs = codes_ptr + rows_m[None, :] * (2 * HALF) + offs_b[:, None]
+    odd_ptrs = even_ptrs + HALF
+
+    groups = HALF * 2 // GROUP
+    if TWO_LEVEL:
+        # The integers of a tile are too few bytes for the pipeline's asynchronous copies, so they are fetched one
+        # step ahead by hand. In pieces of half a tile or less: a single one makes the compiler send the weights
+        # through shared memory.
+        EACH: tl.constexpr = min(GROUP // 2, BLOCK_B // 2)
+        PIECES: tl.constexpr = BLOCK_B // EACH
+        integer_rows = group_scale_ptr + rows_n[:, None] * groups
+        next_integer = load_pieces(integer_rows, begin, groups, GROUP, PIECES, EACH)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # exact up to MAX_FEATURES
+    else:
+        BYTES: tl.constexpr = min(GROUP // 2, BLOCK_B)  # of one group in a tile
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+
+    for b in range(begin, end, BLOCK_B):
+        if EVEN_K:
+            packed = tl.load(w_ptrs)
+            even = tl.load(even_ptrs)
+            odd = tl.load(odd_ptrs)
+        else:
+            packed = tl.load(w_ptrs, mask=(offs_b < HALF + begin - b)[None, :], other=0)
+            even = tl.load(even_ptrs, mask=(offs_b < HALF + begin - b)[:, None], other=0)
+            odd = tl.load(odd_ptrs, mask=(offs_b < HALF + begin - b)[:, None], other=0)
+        if TWO_LEVEL:
+            integer = spread_pieces(next_integer.to(tl.int32), BLOCK_N, PIECES, EACH)
+            next_integer = load_pieces(integer_rows, b + BLOCK_B, groups, GROUP, PIECES, EACH)
+            low, high = folded_int8(packed, integer, ASM)
+            acc = tl.dot(low, even, acc, out_dtype=tl.int32)
+            acc = tl.dot(high, odd, acc, out_dtype=tl.int32)
+        else:
+            low, high = int8_times_16(packed, ASM)
+            for g in tl.static_range(BLOCK_B // BYTES):
+                group = b * 2 // GROUP + g
+                step = tl.load(scale_ptr + rows_n * groups + group, mask=group < groups, other=0.0)[:, None]
+                if ACT_GROUPS:
+                    act_step = tl.load(act_scale_ptr + rows_m * groups + group, mask=group < groups, other=0.0)
+                    step = step * act_step[None, :]
+                low_g, high_g = low, high
+                if BLOCK_B > BYTES:  # too short for the tensor cores alone: its neighbours count as zero
+                    low_g = tl.where(((offs_b - begin) // BYTES == g)[None, :], low, 0)
+                    high_g = tl.where(((offs_b - begin) // BYTES == g)[None, :], high, 0)
+                part = tl.dot(low_g, even, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32), out_dtype=tl.int32)
+                part = tl.dot(high_g, odd, part, out_dtype=tl.int32)
+                acc += part.to(tl.float32) * (step * 0.0625)
+        w_ptrs += BLOCK_B
+        even_ptrs += BLOCK_B
+        odd_ptrs += BLOCK_B
+
+    last = True
+    if SPLIT_K:
+        acc, last = sum_of_shares(acc, workspace_ptr, counter_ptr, tile, split, splits, BLOCK_N, BLOCK_M)
+    if last:
+        store_product(
+            acc, act_scale_ptr, lora_ptr, scale_ptr, up_ptr, bias_ptr, y_ptr,
+            offs_m, offs_n, rows_m, rows_n, M, N, R, ACT_GROUPS, TWO_LEVEL, LORA_TERMS, UP_TERMS, BLOCK_R,
+        )  # fmt: skip
 
 
 def config(
@@ -184,14 +202,21 @@ def gemm(
     y = codes.new_empty(m, n, dtype=out_dtype)
     if y.numel() == 0:
         return y
-    tile = config(m, padded // 2, group_size, two_level, out_dtype, target_of(codes))
-    grid = (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
-    with on_device(codes):
-        svdq_gemm_kernel[grid](
-            codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, y, m, n, padded // 2, rank,
-            GROUP=group_size, ACT_GROUPS=act_scale.shape[1] > 1, EVEN_K=padded % (2 * tile["BLOCK_B"]) == 0,
-            LORA_TERMS=3 if out_dtype == torch.float32 else 2,
-            UP_TERMS=1 if proj_up is None else TERMS[proj_up.dtype],
-            **tile,
-        )  # fmt: skip
+    half, target = padded // 2, target_of(codes)
+    tile = config(m, half, group_size, two_level, out_dtype, target)
+    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    splits = splits_for(codes, tiles, half, tile["BLOCK_B"])
+    shares = counters = None
+    if splits > 1:
+        kind = torch.int32 if two_level else torch.float32
+        shares, counters = workspace(codes, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], kind)
+    launch(
+        svdq_gemm_kernel, tiles * splits, codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, y,
+        shares, counters, m, n, half, rank, splits,
+        GROUP=group_size, ACT_GROUPS=act_scale.shape[1] > 1, EVEN_K=half % tile["BLOCK_B"] == 0,
+        SPLIT_K=splits > 1, ASM=has_assembly(target) and half % 16 == 0,
+        LORA_TERMS=3 if out_dtype == torch.float32 else 2,
+        UP_TERMS=1 if proj_up is None else TERMS[proj_up.dtype],
+        **tile,
+    )  # fmt: skip
     return y

@@ -10,14 +10,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .common import FLOATS, on_device, require, split_dot, target_of, tile_of
+from .common import FLOATS, launch, require, split_dot, target_of, tile_of
+from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .w8a16 import store_tile
 
 
-@triton.jit(do_not_specialize=["M"])  # or M = 1, 15 and 16 would each be compiled
+@triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
 def w8a32_kernel(
-    x_ptr, qweight_ptr, scale_ptr, bias_ptr, y_ptr,
-    M, N, K,
-    EVEN_K: tl.constexpr,
+    x_ptr, qweight_ptr, scale_ptr, bias_ptr, y_ptr, workspace_ptr, counter_ptr,
+    M, N, K, splits,
+    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     #                K                 BLOCK_M
@@ -25,33 +27,37 @@ def w8a32_kernel(
     # BLOCK_N |  qweight -->|    K  |  |x^T| = high + mid + low     acc (BLOCK_N, BLOCK_M),
     #         '-------------'       v  |   |                        stored transposed into y (M, N)
     #                                  '---'
-    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    # With SPLIT_K, `splits` programs in a row share a tile, each with its part of K.
+    tile, split, begin, end = tl.program_id(0), 0, 0, K
+    if SPLIT_K:
+        tile, split = tile // splits, tile % splits
+        begin, end = share_of(split, splits, K, BLOCK_K)
+    pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = begin + tl.arange(0, BLOCK_K)
 
     # Rows past the end read the last row again: cheaper than a mask, and never stored.
     x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[None, :] * K + offs_k[:, None]
     w_ptrs = qweight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * K + offs_k[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(begin, end, BLOCK_K):
         if EVEN_K:
             w = tl.load(w_ptrs)
             x = tl.load(x_ptrs)
         else:
-            w = tl.load(w_ptrs, mask=offs_k[None, :] < K - k, other=0)
-            x = tl.load(x_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+            w = tl.load(w_ptrs, mask=(offs_k < K + begin - k)[None, :], other=0)
+            x = tl.load(x_ptrs, mask=(offs_k < K + begin - k)[:, None], other=0.0)
         acc += split_dot(w, x, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32), 1, 3)
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
 
-    mask_n = offs_n < N
-    y = acc * tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    tl.store(y_ptrs, y, mask=(offs_m < M)[None, :] & mask_n[:, None])
+    last = True
+    if SPLIT_K:
+        acc, last = sum_of_shares(acc, workspace_ptr, counter_ptr, tile, split, splits, BLOCK_N, BLOCK_M)
+    if last:
+        store_tile(acc, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N)
 
 
 def config(m: int, k: int, target: GPUTarget) -> dict[str, int]:
@@ -81,7 +87,13 @@ def w8a32_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     if y.numel() == 0:
         return y
     tile = config(m, k, target_of(x))
-    grid = (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
-    with on_device(x):
-        w8a32_kernel[grid](x, qweight, scale, bias, y, m, n, k, EVEN_K=k % tile["BLOCK_K"] == 0, **tile)
+    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    splits = splits_for(x, tiles, k, tile["BLOCK_K"])
+    shares = counters = None
+    if splits > 1:
+        shares, counters = workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], torch.float32)
+    launch(
+        w8a32_kernel, tiles * splits, x, qweight, scale, bias, y, shares, counters, m, n, k, splits,
+        EVEN_K=k % tile["BLOCK_K"] == 0, SPLIT_K=splits > 1, **tile,
+    )  # fmt: skip
     return y

@@ -1,0 +1,134 @@
+"""int4 codes out of their bytes, four or two at a time.
+
+Each function says the same thing twice: in plain Triton, for the interpreter and AMD, and with ASM in NVIDIA's
+instructions, which work on a whole register. The compiler takes the plain form apart into single bytes: that costs
+three times as much, and in a decode kernel unpacking is most of the work.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def folded_int8(packed, integer, ASM: tl.constexpr):
+    """(low, high): the codes of uint8 `packed` times the int32 `integer` 1..16 of their group, int8.
+
+    16 * -8 = -128. Offset by 128 a product is one multiply-add of bytes without signs; the exclusive or takes the 128
+    off again. ASM takes the integer of the first of every four bytes for all four: they must be neighbours in a row,
+    which they are wherever a row of bytes goes into an int8 product or comes from an aligned load.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high, offset;
+            mad.lo.u32 offset, $3, 0xF7F7F7F8, 0x80808080;  // 128 - 8 * integer, in every byte
+            lop3.b32 low, $2, 0x0F0F0F0F, 0x08080808, 0x6A; // (packed & 0x0F) ^ 8: the code plus 8
+            shr.b32 high, $2, 4;
+            lop3.b32 high, high, 0x0F0F0F0F, 0x08080808, 0x6A;
+            mad.lo.u32 low, low, $3, offset;
+            mad.lo.u32 high, high, $3, offset;
+            xor.b32 $0, low, 0x80808080;
+            xor.b32 $1, high, 0x80808080;
+            }
+            """,
+            "=r,=r,r,r,r,r,r",
+            [packed, integer],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    packed = packed.to(tl.int32)
+    low = (packed & 0xF) ^ 8
+    high = (packed >> 4) ^ 8
+    offset = 128 - 8 * integer
+    return ((low * integer + offset) ^ 0x80).to(tl.int8), ((high * integer + offset) ^ 0x80).to(tl.int8)
+
+
+@triton.jit
+def int8_times_16(packed, ASM: tl.constexpr):
+    """(low, high): 16 times the codes of uint8 `packed`, int8. A nibble that is moved up has its sign in place."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low;
+            shl.b32 low, $2, 4;
+            and.b32 $0, low, 0xF0F0F0F0;
+            and.b32 $1, $2, 0xF0F0F0F0;
+            }
+            """,
+            "=r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return (packed << 4).to(tl.int8, bitcast=True), (packed & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def halves_of_words(words, offset, ASM: tl.constexpr):
+    """The four codes of every int16 of `words`, lowest nibble first, less their zero point: four tensors.
+
+    A nibble in the mantissa of 128 (bfloat16) or 1024 (float16) adds to it, exactly: code + 8 + 128. `offset` is what
+    brings it back, -(136 + zero point) or -(1032 + zero point), in the type of the result.
+    """
+    if ASM:
+        if offset.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 q0, q1, q2, q3, one;
+                mov.b32 one, 0x3F803F80;
+                shr.b32 q1, $4, 4;
+                shr.b32 q2, $4, 8;
+                shr.b32 q3, $4, 12;
+                lop3.b32 q0, $4, 0x000F000F, 0x43084308, 0x6A;  // (word & 0xF) ^ 8, and 128 above it
+                lop3.b32 q1, q1, 0x000F000F, 0x43084308, 0x6A;
+                lop3.b32 q2, q2, 0x000F000F, 0x43084308, 0x6A;
+                lop3.b32 q3, q3, 0x000F000F, 0x43084308, 0x6A;
+                fma.rn.bf16x2 $0, q0, one, $5;
+                fma.rn.bf16x2 $1, q1, one, $5;
+                fma.rn.bf16x2 $2, q2, one, $5;
+                fma.rn.bf16x2 $3, q3, one, $5;
+                }
+                """,
+                "=r,=r,=r,=r,r,r",
+                [words, offset],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 q0, q1, q2, q3;
+            shr.b32 q1, $4, 4;
+            shr.b32 q2, $4, 8;
+            shr.b32 q3, $4, 12;
+            lop3.b32 q0, $4, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 q1, q1, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 q2, q2, 0x000F000F, 0x64086408, 0x6A;
+            lop3.b32 q3, q3, 0x000F000F, 0x64086408, 0x6A;
+            add.f16x2 $0, q0, $5;
+            add.f16x2 $1, q1, $5;
+            add.f16x2 $2, q2, $5;
+            add.f16x2 $3, q3, $5;
+            }
+            """,
+            "=r,=r,=r,=r,r,r",
+            [words, offset],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    base: tl.constexpr = 136.0 if offset.dtype == tl.bfloat16 else 1032.0
+    dtype: tl.constexpr = offset.dtype
+    offset = offset.to(tl.float32) + base  # minus the zero point
+    words = words.to(tl.int32)
+    q0 = ((((words & 0xF) ^ 8) - 8).to(tl.float32) + offset).to(dtype)
+    q1 = (((((words >> 4) & 0xF) ^ 8) - 8).to(tl.float32) + offset).to(dtype)
+    q2 = (((((words >> 8) & 0xF) ^ 8) - 8).to(tl.float32) + offset).to(dtype)
+    q3 = (((((words >> 12) & 0xF) ^ 8) - 8).to(tl.float32) + offset).to(dtype)
+    return q0, q1, q2, q3
