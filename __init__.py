@@ -5,7 +5,16 @@ model = Quantizer(model).quantize("w4a4_svd")
 """
 
 from . import functional
-from .layers import QuantLinear, SVDQW4A4Linear, W8A16Linear, W8A32Linear
+from .layers import (
+    QuantLinear,
+    SVDQW4A4Linear,
+    SVDQW4A8Linear,
+    W4A16Linear,
+    W8A8Linear,
+    W8A8StaticLinear,
+    W8A16Linear,
+    W8A32Linear,
+)
 from .quantizer import Plan, Quantizer, Report
 from .quantizer.checkpoint import save
 from .quantizer.loading import load
@@ -20,6 +29,10 @@ __all__ = [
     "RecipeError",
     "Report",
     "SVDQW4A4Linear",
+    "SVDQW4A8Linear",
+    "W4A16Linear",
+    "W8A8Linear",
+    "W8A8StaticLinear",
     "W8A16Linear",
     "W8A32Linear",
     "functional",

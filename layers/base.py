@@ -82,6 +82,8 @@ class QuantLinear(nn.Module):
         # Error, size and time of the quantization, filled in by the Quantizer; rides along in deepcopy and pickle.
         self.report: Any = None
         self._allocate(torch.empty(0, device=device).device)
+        for name in [name for name, buffer in self._buffers.items() if buffer is None]:
+            self._buffers[name] = self._buffers.pop(name)  # to the end: torch.export miscounts those that follow a None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.dtype))
         else:

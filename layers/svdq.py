@@ -5,7 +5,7 @@ After SVDQuant (Li et al., arXiv 2411.05007), with a Hadamard rotation inside ea
     W'   = (W diag(s)) H                     smoothed, rotated weight
     U D  = the best rank-r part of W'        in 16 bit
     R    = W' - U D                          the residual, in int4
-    x'   = (x / s) H                         in int4, per token and group, at run time
+    x'   = (x / s) H                         in int4, per token and group, at run time; int8 per token in W4A8
     y    = Q(x') Q(R)^T + x (diag(1/s) H D^T) U^T + bias
 
 The down-projection is stored in the basis of x as it comes: the branch sees neither smoothing nor rotation.
@@ -16,17 +16,17 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..kernels import ops, reference
 from ..kernels.packing import pack_int4
-from .algorithms import rounding, smoothing
+from .algorithms import rounding
 from .algorithms.gptq import gptq_int4
-from .algorithms.lowrank import low_rank
-from .base import QuantLinear, Scheme, register
+from .base import Scheme, register
+from .int4 import Int4Linear
 from .stats import Stats
 
-ALPHA, ALPHA_BY_WEIGHTS = 0.5, 0.1
+# One product of folded codes is at most 127 * 128, and an int32 holds this many of them.
+MAX_FEATURES = (2**31 - 1) // (127 * 128)
 
 
 class SVDQScheme(Scheme):
@@ -64,6 +64,8 @@ class SVDQScheme(Scheme):
                 f"rank {self.rank} is more than a {out_features} x {in_features} weight has: "
                 f"choose rank <= {min(in_features, out_features)}"
             )
+        if in_features + self.group_size > MAX_FEATURES:  # padding included
+            raise ValueError(f"{in_features} input features: an int32 holds the products of {MAX_FEATURES} at most")
 
     def needs_data(self) -> str:
         if self.smooth == "activations":
@@ -74,52 +76,28 @@ class SVDQScheme(Scheme):
 
 
 @register("w4a4_svd")
-class SVDQW4A4Linear(QuantLinear):
-    """int4 x int4 with a low-rank branch. Kp is in_features rounded up to a multiple of group_size G, R the rank.
+class SVDQW4A4Linear(Int4Linear):
+    """int4 x int4 with a low-rank branch. The buffers of Int4Linear, and
 
-    qweight        (N, Kp // 2)  uint8, two int4 codes a byte, low nibble first
     scale          (N,)          float32 (two_level), or (N, Kp // G) float32 (group)
     group_scale    (N, Kp // G)  uint8 in 1..16 (two_level), or none
-    smooth_factor  (K,)          float32, activations are divided by it; none with smooth: none
-    proj_down      (K, R)        bfloat16 or float16, applied to x as it comes; none with rank 0
-    proj_up        (N, R)        likewise
     """
 
     Scheme = SVDQScheme
-    needs = frozenset({"absmax", "second_moment"})
     act_bits = 4
 
-    @property
-    def padded_features(self) -> int:
-        return -(-self.in_features // self.scheme.group_size) * self.scheme.group_size
-
     def _allocate(self, device: torch.device) -> None:
-        n, k, s = self.out_features, self.in_features, self.scheme
-        groups = self.padded_features // s.group_size
-        branch = self.dtype if self.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        two_level, smooth, low = s.scales == "two_level", s.smooth != "none", s.rank > 0
-
-        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, used: bool = True) -> None:
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device) if used else None)
-
-        buffer("qweight", (n, self.padded_features // 2), torch.uint8)
-        buffer("scale", (n,) if two_level else (n, groups), torch.float32)
-        buffer("group_scale", (n, groups), torch.uint8, two_level)
-        buffer("smooth_factor", (k,), torch.float32, smooth)
-        buffer("proj_down", (k, s.rank), branch, low)
-        buffer("proj_up", (n, s.rank), branch, low)
+        super()._allocate(device)
+        n, groups = self.out_features, self.padded_features // self.group_size
+        two_level = self.scheme.scales == "two_level"
+        self._buffer("scale", (n,) if two_level else (n, groups), torch.float32, device)
+        self._buffer("group_scale", (n, groups), torch.uint8, device, two_level)
 
     def quantize(self, weight: Tensor, stats: Stats | None = None) -> None:
         s = self.scheme
         if stats is None and s.needs_data():
             raise ValueError(s.needs_data())
-        weight = weight.float()
-        if s.smooth != "none":
-            self.smooth_factor = self._smooth(weight, stats)
-            weight = weight * self.smooth_factor
-        weight = self._to_groups(weight)  # (N, Kp)
-        if s.rank:
-            weight = self._split_off_branch(weight)
+        weight = self._residual(weight, stats)  # (N, Kp)
         if s.scales == "two_level":
             self.scale, self.group_scale = rounding.two_level_scales(weight, s.group_size)
             steps = self.scale[:, None] * self.group_scale
@@ -130,39 +108,6 @@ class SVDQW4A4Linear(QuantLinear):
         else:
             codes = rounding.round_int4(weight, steps.repeat_interleave(s.group_size, 1)).to(torch.int8)
         self.qweight = pack_int4(codes)
-
-    def _smooth(self, weight: Tensor, stats: Stats | None) -> Tensor:
-        alpha = self.scheme.smooth_alpha
-        if stats is not None and self.scheme.smooth != "weights":
-            return smoothing.smooth_by_activations(weight, stats.absmax, ALPHA if alpha is None else alpha)
-        return smoothing.smooth_by_weights(weight, ALPHA_BY_WEIGHTS if alpha is None else alpha)
-
-    def _to_groups(self, rows: Tensor) -> Tensor:
-        """Pad the last dimension from K to Kp and rotate it."""
-        rows = F.pad(rows, (0, self.padded_features - rows.shape[-1]))
-        return reference.rotate_groups(rows, self.scheme.group_size) if self.scheme.rotate else rows
-
-    def _split_off_branch(self, weight: Tensor) -> Tensor:
-        """Fill proj_up and proj_down from the weight (N, Kp); return what is left of it."""
-        up, down = low_rank(weight, self.scheme.rank, self.scheme.svd)
-        if self.scheme.rotate:
-            down = reference.rotate_groups(down, self.scheme.group_size)  # back: H is its own inverse
-        down = down[:, : self.in_features]
-        if self.smooth_factor is not None:
-            down = down / self.smooth_factor
-        self.proj_up = up.to(self.proj_up.dtype)
-        self.proj_down = down.t().contiguous().to(self.proj_down.dtype)
-        # The residual is taken from the factors as they are stored, so that it makes up for their rounding.
-        stored = self.proj_down.float().t()
-        if self.smooth_factor is not None:
-            stored = stored * self.smooth_factor
-        return weight - self.proj_up.float() @ self._to_groups(stored)
-
-    def _moment_in_groups(self, second_moment: Tensor) -> Tensor:
-        """The second moment of x' = (x / s) H from that of x, (K, K) -> (Kp, Kp)."""
-        if self.smooth_factor is not None:
-            second_moment = second_moment / self.smooth_factor / self.smooth_factor[:, None]
-        return self._to_groups(self._to_groups(second_moment).t().contiguous())
 
     def _linear(self, x: Tensor) -> Tensor:
         s = self.scheme
@@ -192,3 +137,11 @@ class SVDQW4A4Linear(QuantLinear):
             self.scheme.group_size,
             self.scheme.rotate,
         )
+
+
+@register("w4a8_svd")
+class SVDQW4A8Linear(SVDQW4A4Linear):
+    """int4 weights and int8 activations, one scale per token, with the same branch: more accurate at the same cost
+    wherever the units multiply int8 anyway (a CPU, Hopper)."""
+
+    act_bits = 8

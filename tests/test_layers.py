@@ -8,18 +8,37 @@ from torch import nn
 from torch.nn import functional as F
 
 from qgraft.kernels.packing import pack_int4, unpack_int4
-from qgraft.layers import SCHEMES, QuantLinear, SVDQW4A4Linear, W8A16Linear, W8A32Linear
+from qgraft.layers import (
+    SCHEMES,
+    QuantLinear,
+    SVDQW4A4Linear,
+    SVDQW4A8Linear,
+    W4A16Linear,
+    W8A8Linear,
+    W8A8StaticLinear,
+    W8A16Linear,
+    W8A32Linear,
+)
 
-ALL = [W8A32Linear, W8A16Linear, SVDQW4A4Linear]
+ALL = list(SCHEMES.values())
+INT4 = (SVDQW4A4Linear, SVDQW4A8Linear, W4A16Linear)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 2), (64, 64), (77, 45), (130, 33), (200, 96)]
 
 
 def make(cls, k=64, n=48, bias=True, dtype=torch.float32, calibration=None, **options):
     linear = nn.Linear(k, n, bias).to(dtype)
-    if cls is SVDQW4A4Linear:
+    return linear, quantized(cls, linear, calibration, **options)
+
+
+def quantized(cls, linear, calibration=None, **options):
+    """A layer of any class: with a rank that fits, and with data if it cannot do without."""
+    k, n = linear.in_features, linear.out_features
+    if issubclass(cls, SVDQW4A4Linear):
         options = {"rank": min(8, k, n)} | options
-    return linear, cls.from_linear(linear, calibration=calibration, **options)
+    if calibration is None and cls.make_scheme(**options).needs_data():
+        calibration = torch.randn(200, k)
+    return cls.from_linear(linear, calibration=calibration, **options)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -52,7 +71,7 @@ def test_any_leading_shape_comes_back_in_the_dtype_of_the_input(cls, dtype, shap
 def test_any_sizes_work_and_the_weight_is_near_the_original(cls, k, n, bias):
     linear, layer = make(cls, k, n, bias)
     assert layer.dequantize().shape == (n, k)
-    limit = 0.15 if cls is SVDQW4A4Linear else 0.01
+    limit = 0.15 if cls in INT4 else 0.01
     assert relative(layer.dequantize(), linear.weight) < limit
     y = layer(torch.randn(7, k))
     assert y.shape == (7, n) and torch.isfinite(y).all()
@@ -75,7 +94,7 @@ def test_gradient_to_x_is_that_of_the_dequantized_layer(cls, dtype):
     grad = torch.randn(3, 5, 45).to(dtype)
     layer(x).backward(grad)
     expected = grad.double() @ layer.dequantize().double()
-    exact = dtype is torch.float32 and cls is not W8A16Linear  # which works in 16 bits, backwards too
+    exact = dtype is torch.float32 and cls not in (W8A16Linear, W4A16Linear)  # which work in 16 bits, backwards too
     assert relative(x.grad, expected) < (1e-6 if exact else 5e-3)
     assert relative(layer.bias.grad, grad.double().sum((0, 1))) < 5e-3
 
@@ -116,7 +135,7 @@ def test_state_dict_fills_a_fresh_layer_and_one_on_meta(cls):
 def test_from_linear_leaves_the_linear_alone_and_shares_its_bias(cls):
     linear = nn.Linear(32, 24).eval()
     before = linear.weight.clone()
-    layer = cls.from_linear(linear, **({"rank": 4} if cls is SVDQW4A4Linear else {}))
+    layer = quantized(cls, linear)
     assert torch.equal(linear.weight, before)
     assert layer.bias is linear.bias and layer.training is False
 
@@ -135,11 +154,11 @@ def test_errors_say_what_was_wrong(cls):
     with torch.device("meta"):
         linear = nn.Linear(64, 64)
     with pytest.raises(ValueError, match="meta"):
-        cls.from_linear(linear)
+        quantized(cls, linear)
     broken = nn.Linear(64, 64)
     broken.weight.data[3, 5] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        cls.from_linear(broken)
+        quantized(cls, broken)
 
 
 def test_repr_names_sizes_and_options():
@@ -149,18 +168,21 @@ def test_repr_names_sizes_and_options():
 
 def test_the_registry_knows_every_layer_by_its_recipe_name():
     assert SCHEMES["w8a32"] is W8A32Linear and SCHEMES["w8a16"] is W8A16Linear
-    assert SCHEMES["w4a4_svd"] is SVDQW4A4Linear
+    assert SCHEMES["w4a4_svd"] is SVDQW4A4Linear and SCHEMES["w4a8_svd"] is SVDQW4A8Linear
+    assert SCHEMES["w8a8"] is W8A8Linear and SCHEMES["w8a8_static"] is W8A8StaticLinear
+    assert SCHEMES["w4a16"] is W4A16Linear
 
 
 @pytest.mark.parametrize("cls", ALL)
 def test_zero_rows_zero_weights_and_zero_inputs_stay_zero(cls):
     linear = nn.Linear(64, 32, bias=False)
     linear.weight.data[:5] = 0
-    layer = cls.from_linear(linear, **({"rank": 0} if cls is SVDQW4A4Linear else {}))
+    options = {"rank": 0} if issubclass(cls, SVDQW4A4Linear) else {}
+    layer = quantized(cls, linear, **options)
     assert layer(torch.randn(3, 64))[:, :5].abs().max() == 0
     assert layer(torch.zeros(3, 64)).abs().max() == 0
     linear.weight.data.zero_()
-    assert cls.from_linear(linear, rank=0).dequantize().abs().max() == 0 if cls is SVDQW4A4Linear else True
+    assert quantized(cls, linear, **options).dequantize().abs().max() == 0
 
 
 # ---- 8 bits ---------------------------------------------------------------------------------------------------------
@@ -265,12 +287,15 @@ def formula_in_float64(layer: SVDQW4A4Linear, x: torch.Tensor) -> torch.Tensor:
     if s.rotate:
         act = act @ h
     top = act.abs().amax(-1)
-    if s.scales == "two_level":
+    last = 7 if layer.act_bits == 4 else 127
+    if layer.act_bits == 8:
+        step = top.amax(1, keepdim=True) / 127
+    elif s.scales == "two_level":
         token = top.amax(1, keepdim=True) / (7 * 16)
         step = token * (top / (7 * token)).round().clamp(1, 16)
     else:
         step = top / 7
-    act = (act / step[..., None]).round().clamp(-7, 7) * step[..., None]
+    act = (act / step[..., None]).round().clamp(-last, last) * step[..., None]
     low, high = layer.qweight & 15, layer.qweight >> 4
     codes = torch.stack((low, high), -1).flatten(1).to(torch.int16)
     codes = torch.where(codes > 7, codes - 16, codes).double().view(-1, kp // g, g)
@@ -283,12 +308,13 @@ def formula_in_float64(layer: SVDQW4A4Linear, x: torch.Tensor) -> torch.Tensor:
     return y if layer.bias is None else y + layer.bias.double()
 
 
+@pytest.mark.parametrize("cls", [SVDQW4A4Linear, SVDQW4A8Linear])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("k, n", [(192, 80), (77, 45)])
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_w4a4_equals_its_own_formula_in_float64(options, k, n, calibrated):
+def test_svdq_equals_its_own_formula_in_float64(cls, options, k, n, calibrated):
     calibration = torch.randn(300, k) if calibrated else None
-    _, layer = make(SVDQW4A4Linear, k, n, calibration=calibration, **options)
+    _, layer = make(cls, k, n, calibration=calibration, **options)
     x = torch.randn(33, k)
     error = (layer(x).double() - formula_in_float64(layer, x)).norm(dim=1)
     # A value that float32 puts on the other side of a rounding tie moves its row by one step; that is rare.
@@ -356,6 +382,22 @@ def test_w4a4_group_scales_are_a_little_more_accurate_than_two_level_ones():
         for scales in ("group", "two_level")
     }
     assert errors["group"] < errors["two_level"] < 1.06 * errors["group"]
+
+
+def test_w4a8_holds_the_weights_of_w4a4_and_rounds_activations_five_times_finer():
+    linear, x = nn.Linear(256, 192), torch.randn(100, 256)
+    four, eight = (cls.from_linear(linear, rank=8) for cls in (SVDQW4A4Linear, SVDQW4A8Linear))
+    assert torch.equal(four.dequantize(), eight.dequantize())
+    exact = float64_product(four, x)
+    assert relative(eight(x), exact) < 0.2 * relative(four(x), exact)
+    assert relative(eight(x), linear(x)) < relative(four(x), linear(x))
+
+
+@pytest.mark.parametrize("cls", [SVDQW4A4Linear, SVDQW4A8Linear, W8A8Linear, W8A8StaticLinear])
+def test_sums_that_an_int32_cannot_hold_are_refused(cls):
+    cls(66_000, 1, device="meta", **({"rank": 1} if issubclass(cls, SVDQW4A4Linear) else {}))
+    with pytest.raises(ValueError, match="140000 input features: an int32"):
+        cls(140_000, 1, device="meta", **({"rank": 1} if issubclass(cls, SVDQW4A4Linear) else {}))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from torch import nn
 from qgraft.kernels import ops, reference
 from qgraft.kernels.cpu import linear as cpu
 from qgraft.kernels.packing import pack_int4, unpack_int4
-from qgraft.layers import SVDQW4A4Linear, W8A16Linear, W8A32Linear
+from qgraft.layers import SCHEMES, SVDQW4A4Linear, W4A16Linear, W8A16Linear, W8A32Linear
 
-LAYERS = [W8A32Linear, W8A16Linear, SVDQW4A4Linear]
+LAYERS = list(SCHEMES.values())
 
 
 def w8_args(dtype, m=5, k=48, n=33, bias=True):
@@ -54,6 +54,48 @@ SVDQ_CASES = [
     {"rank": 0, "smooth": False},
     {"group_size": 128, "k": 130, "m": 17},
 ]
+
+
+def w8a8_args(dtype=torch.float32, m=5, k=77, n=33, zero_point=True, static=True):
+    x, qweight, scale, bias = w8_args(dtype, m, k, n)
+    zero = torch.randint(-128, 128, (n,), dtype=torch.int8) if zero_point else None
+    act = (torch.tensor(0.02), torch.tensor(-7, dtype=torch.int8)) if static else (None, None)
+    return x, qweight, scale, zero, *act, bias
+
+
+def w4a16_args(dtype=torch.bfloat16, m=5, k=77, n=33, group_size=32, zero_point=True, rank=6, smooth=True):
+    x, qweight, _, _, smooth_factor, down, up, bias, *_ = svdq_args(dtype, m, k, n, group_size, True, rank, 4, smooth)
+    groups = 2 * qweight.shape[1] // group_size
+    scale = (torch.rand(n, groups) * 0.01 + 0.001).to(dtype)
+    zero = torch.randint(-8, 8, (n, groups), dtype=torch.int8) if zero_point else None
+    return x, qweight, scale, zero, smooth_factor, down, up, bias, group_size, True
+
+
+W8A8_CASES = [{}, {"static": False}, {"zero_point": False}, {"static": False, "zero_point": False}]
+W4A16_CASES = [{}, {"zero_point": False}, {"rank": 0, "smooth": False}, {"group_size": 128, "k": 130, "m": 17}]
+
+
+@pytest.mark.parametrize("op, args, cases", [("w8a8", w8a8_args, W8A8_CASES), ("w4a16", w4a16_args, W4A16_CASES)])
+def test_opcheck_passes_for_w8a8_and_w4a16(op, args, cases):
+    for case in cases:
+        x, *rest = args(**case)
+        linear = getattr(ops, f"{op}_linear").default
+        torch.library.opcheck(linear, (x, *rest))
+        torch.library.opcheck(linear, (x.requires_grad_(), *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, k, n", [(0, 48, 33), (1, 130, 33), (17, 1024, 40), (65, 130, 300)])
+def test_the_cpu_path_of_w8a8_and_w4a16_is_the_reference(dtype, m, k, n):
+    for args, cases in ((w8a8_args, W8A8_CASES), (w4a16_args, W4A16_CASES)):
+        name = args.__name__.replace("args", "linear")
+        for case in cases:
+            inputs = args(dtype, **({"m": m, "k": k, "n": n} | {c: v for c, v in case.items() if c not in "mk"}))
+            got, expected = getattr(ops, name)(*inputs), getattr(reference, name)(*inputs)
+            assert got.dtype is dtype and got.shape == (m, n)
+            size = expected.abs().float().mean().item() if m else 0
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(got, expected, rtol=3 * eps, atol=(1e-5 + 2 * eps) * size)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -105,6 +147,11 @@ def test_no_integer_saturates_on_cpu(m):
     assert torch.allclose(y, torch.full((m, n), -128.0 * k), rtol=1e-6)
     worst = torch.full((n, k), -127, dtype=torch.int8)
     assert torch.allclose(ops.w8a32_linear(x, worst, torch.ones(n), None), torch.full((m, n), -127.0 * k))
+    y = ops.w8a8_linear(x * 127, worst, torch.ones(n), None, None, None, None)
+    assert torch.equal(y, torch.full((m, n), -127.0 * 127 * k))
+    one, low, high = torch.tensor(1.0), torch.tensor(-128, dtype=torch.int8), torch.full((n,), 127, dtype=torch.int8)
+    y = ops.w8a8_linear(x * 255, worst - 1, torch.ones(n), high, one, low, None)
+    assert torch.equal(y, torch.full((m, n), 255.0 * -255 * k))
 
 
 def test_bf16_kernel_of_aten_is_never_given_rows_that_it_reads_past():
@@ -149,7 +196,9 @@ def test_hadamard_is_orthonormal_and_symmetric(n):
 
 
 def layer_of(cls, k=48, n=32):
-    return cls.from_linear(nn.Linear(k, n), **({"rank": 4} if cls is SVDQW4A4Linear else {}))
+    options = {"rank": 4} if issubclass(cls, SVDQW4A4Linear) else {}
+    data = torch.randn(100, k) if cls.make_scheme(**options).needs_data() else None
+    return cls.from_linear(nn.Linear(k, n), calibration=data, **options)
 
 
 @pytest.mark.parametrize("cls", LAYERS)
@@ -188,9 +237,9 @@ def test_autocast_casts_activations_and_not_scales(cls):
     x = torch.randn(6, 48)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
-    limit = {W8A32Linear: 1e-6, W8A16Linear: 0.01}.get(cls, 0.12)
+    limit = {W8A32Linear: 1e-6, W8A16Linear: 0.01, W4A16Linear: 0.01}.get(cls, 0.12)
     assert ((y.float() - layer(x)).norm() / layer(x).norm()) < limit
-    if cls is SVDQW4A4Linear:
+    if cls not in (W8A32Linear, W8A16Linear, W4A16Linear):  # which give the type back that came
         assert y.dtype is torch.bfloat16
 
 

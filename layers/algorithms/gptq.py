@@ -19,26 +19,33 @@ class GPTQError(ArithmeticError):
     """The second moment could not be inverted, even strongly damped."""
 
 
-def gptq_int4(weight: Tensor, steps: Tensor, second_moment: Tensor, group_size: int) -> Tensor:
+def gptq_int4(
+    weight: Tensor, steps: Tensor, second_moment: Tensor, group_size: int, zero_point: Tensor | None = None
+) -> Tensor:
     """Codes that minimize the error of the layer's output, one column at a time.
 
     weight (N, Kp) float32; steps (N, Kp // G) float32, the step of each group; second_moment (Kp, Kp) float32,
-    the mean of x^T x in the basis of the weight. Returns (N, Kp) int8 in [-8, 7].
+    the mean of x^T x in the basis of the weight; zero_point (N, Kp // G) int8, or None for 0. Returns (N, Kp) int8
+    in [-8, 7], which stand for step * (code - zero_point).
     """
     order = torch.argsort(second_moment.diagonal(), descending=True)
     factor = _inverse_factor(second_moment[order][:, order])  # (Kp, Kp) upper triangular
     # Columns as rows of a contiguous matrix: the loop below reads and writes one at a time.
     todo = weight.float().t()[order].contiguous()  # (Kp, N)
-    columns_steps = steps.t()[torch.div(order, group_size, rounding_mode="floor")]  # (Kp, N)
+    group = torch.div(order, group_size, rounding_mode="floor")
+    columns_steps = steps.t()[group]  # (Kp, N)
+    zero = torch.zeros((), device=todo.device) if zero_point is None else zero_point.t()[group].float()
+    zero = zero.expand_as(todo)  # (Kp, N)
     codes = torch.empty_like(todo)
     for start in range(0, todo.shape[0], BLOCK):
         stop = min(start + BLOCK, todo.shape[0])
         block, errors = todo[start:stop], torch.empty_like(todo[start:stop])
         inner = factor[start:stop, start:stop]
         for i in range(stop - start):
-            code = round_int4(block[i], columns_steps[start + i])
+            step, center = columns_steps[start + i], zero[start + i]
+            code = round_int4(block[i], step, center)
             codes[start + i] = code
-            errors[i] = (block[i] - code * columns_steps[start + i]) / inner[i, i]
+            errors[i] = (block[i] - (code - center) * step) / inner[i, i]
             block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
         todo[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     result = torch.empty_like(codes)

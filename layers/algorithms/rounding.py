@@ -7,6 +7,7 @@ scale, rounded down, turns the largest weight of a row into code 128, which an i
 import torch
 from torch import Tensor
 
+from ...functional import quantize_per_channel, scale_of_range
 from ...kernels.reference import INT4_MAX, INT8_MAX, MAX_GROUP_SCALE, TINY
 
 # Steps tried for a row of int8 codes, as a share of absmax / 127. Clipping gains nothing at 8 bits; what does is the
@@ -14,6 +15,8 @@ from ...kernels.reference import INT4_MAX, INT8_MAX, MAX_GROUP_SCALE, TINY
 INT8_GRID = (1.0, *(0.97 + 0.005 * i for i in range(13) if i != 6))
 # Steps tried for a group, as a share of absmax / 7: clipping the largest weights a little makes all others finer.
 CLIP_GRID = tuple(0.64 + 0.04 * i for i in range(10))
+# The same for a group with a zero point, as a share of its range, which fits more closely to begin with.
+RANGE_GRID = tuple(1.0 - 0.04 * i for i in range(10))
 # Rows searched at once, so that the float copies stay small beside the weight itself.
 CHUNK_ELEMENTS = 1 << 19
 
@@ -37,6 +40,17 @@ def quantize_rows_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+def quantize_rows_int8_affine(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 with one scale and one zero point a row, from its least to its greatest weight; weight ~ s (code - z).
+
+    weight (N, K) float -> codes (N, K) int8, scale (N,) float32, zero_point (N,) int8.
+    """
+    n, k = weight.shape
+    parts = [quantize_per_channel(weight[rows], symmetric=False) for rows in row_chunks(n, k)]
+    codes, scale, zero_point = (torch.cat(part) for part in zip(*parts, strict=True))
+    return codes, scale.squeeze(1), zero_point.squeeze(1)
+
+
 def _round_int8(weight: Tensor, step: Tensor) -> Tensor:
     return (weight / step[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
 
@@ -45,9 +59,12 @@ def _int8_error(weight: Tensor, step: Tensor) -> Tensor:
     return _round_int8(weight, step).mul_(step[:, None]).sub_(weight).square_().sum(1)
 
 
-def round_int4(weight: Tensor, step: Tensor) -> Tensor:
-    """Nearest int4 codes: weight and step broadcastable floats -> float codes in [-8, 7]."""
-    return (weight / step).round_().clamp_(-INT4_MAX - 1, INT4_MAX)
+def round_int4(weight: Tensor, step: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Nearest int4 codes: weight, step and zero_point broadcastable -> float codes in [-8, 7]."""
+    codes = (weight / step).round_()
+    if zero_point is not None:
+        codes += zero_point
+    return codes.clamp_(-INT4_MAX - 1, INT4_MAX)
 
 
 def search_group_steps(weight: Tensor, group_size: int) -> Tensor:
@@ -59,6 +76,32 @@ def search_group_steps(weight: Tensor, group_size: int) -> Tensor:
         top = (groups.abs().amax(-1) / INT4_MAX).clamp_min(TINY)
         best[rows] = _least_error(groups, [top * ratio for ratio in CLIP_GRID])
     return best
+
+
+def search_group_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The step and the zero point of each group with the least squared rounding error; weight ~ step (code - zero).
+
+    weight (N, Kp) -> steps (N, Kp // G) float32, zero_point (N, Kp // G) int8 in [-8, 7].
+    """
+    n, k = weight.shape
+    steps = torch.empty(n, k // group_size, dtype=torch.float32, device=weight.device)
+    zeros = torch.empty(n, k // group_size, dtype=torch.int8, device=weight.device)
+    for rows in row_chunks(n, k):
+        groups = weight[rows].float().unflatten(1, (-1, group_size))  # (rows, Kp // G, G)
+        low, high = torch.aminmax(groups, dim=-1)
+        best = None
+        for ratio in RANGE_GRID:
+            step, zero = scale_of_range(low * ratio, high * ratio, 4, symmetric=False)
+            wide, center = step[..., None], zero[..., None]
+            error = (round_int4(groups, wide, center).sub_(center).mul_(wide) - groups).square_().sum(-1)
+            if best is None:
+                steps[rows], zeros[rows], best = step, zero, error
+            else:
+                better = error < best
+                steps[rows] = torch.where(better, step, steps[rows])
+                zeros[rows] = torch.where(better, zero, zeros[rows])
+                best = torch.where(better, error, best)
+    return steps, zeros
 
 
 def two_level_scales(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,98 @@
+"""What the layers with int4 weights share: groups, smoothing, rotation, and the 16-bit low-rank branch.
+
+    W'   = (W diag(s)) H         smoothed, padded to whole groups, rotated inside each
+    U D  = the best rank-r part of W'
+    R    = W' - U D              the residual, which a subclass rounds to int4
+
+A subclass's Scheme has the options rank, group_size, smooth, smooth_alpha, rotate and svd.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels import reference
+from .algorithms import smoothing
+from .algorithms.lowrank import low_rank
+from .base import QuantLinear
+from .stats import Stats
+
+ALPHA, ALPHA_BY_WEIGHTS = 0.5, 0.1
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Int4Linear(QuantLinear):
+    """Kp is in_features rounded up to a multiple of the group size G, R the rank.
+
+    qweight        (N, Kp // 2)  uint8, two int4 codes a byte, low nibble first
+    smooth_factor  (K,)          float32, activations are divided by it; none with smooth: none
+    proj_down      (K, R)        bfloat16 or float16, applied to x as it comes; none with rank 0
+    proj_up        (N, R)        likewise
+    """
+
+    needs = frozenset({"absmax", "second_moment"})
+
+    @property
+    def group_size(self) -> int:
+        return self.scheme.group_size
+
+    @property
+    def padded_features(self) -> int:
+        return -(-self.in_features // self.group_size) * self.group_size
+
+    @property
+    def half_dtype(self) -> torch.dtype:
+        """The nominal type if that has 16 bits, else bfloat16: of the branch, and of what else is kept in 16 bits."""
+        return self.dtype if self.dtype in HALF else torch.bfloat16
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, used=True) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device) if used else None)
+
+    def _allocate(self, device: torch.device) -> None:
+        n, k, s = self.out_features, self.in_features, self.scheme
+        self._buffer("qweight", (n, self.padded_features // 2), torch.uint8, device)
+        self._buffer("smooth_factor", (k,), torch.float32, device, s.smooth != "none")
+        self._buffer("proj_down", (k, s.rank), self.half_dtype, device, s.rank > 0)
+        self._buffer("proj_up", (n, s.rank), self.half_dtype, device, s.rank > 0)
+
+    def _residual(self, weight: Tensor, stats: Stats | None) -> Tensor:
+        """Fill smooth_factor, proj_down and proj_up from a float weight (N, K); what is left for int4, (N, Kp)."""
+        weight = weight.float()
+        if self.scheme.smooth != "none":
+            self.smooth_factor = self._smooth(weight, stats)
+            weight = weight * self.smooth_factor
+        weight = self._to_groups(weight)  # (N, Kp)
+        return self._split_off_branch(weight) if self.scheme.rank else weight
+
+    def _smooth(self, weight: Tensor, stats: Stats | None) -> Tensor:
+        alpha = self.scheme.smooth_alpha
+        if stats is not None and self.scheme.smooth != "weights":
+            return smoothing.smooth_by_activations(weight, stats.absmax, ALPHA if alpha is None else alpha)
+        return smoothing.smooth_by_weights(weight, ALPHA_BY_WEIGHTS if alpha is None else alpha)
+
+    def _to_groups(self, rows: Tensor) -> Tensor:
+        """Pad the last dimension from K to Kp and rotate it."""
+        rows = F.pad(rows, (0, self.padded_features - rows.shape[-1]))
+        return reference.rotate_groups(rows, self.group_size) if self.scheme.rotate else rows
+
+    def _split_off_branch(self, weight: Tensor) -> Tensor:
+        """Fill proj_up and proj_down from the weight (N, Kp); return what is left of it."""
+        up, down = low_rank(weight, self.scheme.rank, self.scheme.svd)
+        if self.scheme.rotate:
+            down = reference.rotate_groups(down, self.group_size)  # back: H is its own inverse
+        down = down[:, : self.in_features]
+        if self.smooth_factor is not None:
+            down = down / self.smooth_factor
+        self.proj_up = up.to(self.proj_up.dtype)
+        self.proj_down = down.t().contiguous().to(self.proj_down.dtype)
+        # The residual is taken from the factors as they are stored, so that it makes up for their rounding.
+        stored = self.proj_down.float().t()
+        if self.smooth_factor is not None:
+            stored = stored * self.smooth_factor
+        return weight - self.proj_up.float() @ self._to_groups(stored)
+
+    def _moment_in_groups(self, second_moment: Tensor) -> Tensor:
+        """The second moment of x' = (x / s) H from that of x, (K, K) -> (Kp, Kp)."""
+        if self.smooth_factor is not None:
+            second_moment = second_moment / self.smooth_factor / self.smooth_factor[:, None]
+        return self._to_groups(self._to_groups(second_moment).t().contiguous())
