@@ -236,7 +236,7 @@ def assert_same_codes(got, wanted, largest_step):
     assert off.max() <= largest_step and off.ne(0).float().mean() < 2e-3
     assert torch.allclose(scale, ref_scale, rtol=2e-6, atol=0)
     if lora_act.numel():
-        assert relative(lora_act, ref_lora) < 1e-6
+        assert relative(lora_act, ref_lora) < 4e-6  # two sums in float32
 
 
 @pytest.mark.parametrize("rotate", [True, False])

@@ -1,8 +1,9 @@
 """SVDQ, first half: activations to codes, and down to the rank of the branch, in one launch.
 
 Two kinds of programs stand in one grid. Most take one token each: smooth, rotate, find the scales, write the codes.
-The others take a block of tokens and project it down. A block's projections come just before its tokens, so that x
-comes from main memory once and from the second-level cache the other times.
+The others take a block of tokens and project it down; of few tokens several share the features (see `split_k`). A
+block's projections come just before its tokens, so that x comes from main memory once and from the second-level cache
+the other times.
 """
 
 import torch
@@ -12,46 +13,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import reference
-from .common import FLOATS, ROUNDER, TERMS, has_tensor_memory, on_device, require, split_dot, target_of
+from .common import FLOATS, ROUNDER, TERMS, has_tensor_memory, launch, require, target_of
+from .low_rank import project_down
+from .rotation import rotate_groups
+from .split_k import splits_for, workspace
 
 INT4_MAX = tl.constexpr(float(reference.INT4_MAX))
 INT8_MAX = tl.constexpr(float(reference.INT8_MAX))
 MAX_GROUP_SCALE = tl.constexpr(float(reference.MAX_GROUP_SCALE))
 TINY = tl.constexpr(reference.TINY)
-# The largest Hadamard matrix that is held whole; bigger ones are made of its sums and differences.
-HADAMARD_BASE = tl.constexpr(64)
-
-
-@triton.jit
-def hadamard_signs(SIZE: tl.constexpr):
-    """The Sylvester Hadamard matrix without its 1 / sqrt(SIZE), (SIZE, SIZE) of +1 and -1; SIZE <= 256."""
-    index = tl.arange(0, SIZE)
-    bits = index[:, None] & index[None, :]
-    bits ^= bits >> 4
-    bits ^= bits >> 2
-    bits ^= bits >> 1
-    return 1 - 2 * (bits & 1)
-
-
-@triton.jit
-def butterfly(x, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """Rows [a, b] of two halves, each rotated already -> [a + b, a - b]: one step up in the size of the matrix."""
-    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))  # (ROWS, HALF) each
-    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, 2 * HALF))
-
-
-@triton.jit
-def rotate_groups(x, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, X_TERMS: tl.constexpr):
-    """Every row of x (BLOCK_G, GROUP) times the orthonormal Hadamard matrix; GROUP <= 256."""
-    BASE: tl.constexpr = min(GROUP, HADAMARD_BASE)
-    ROWS: tl.constexpr = BLOCK_G * GROUP // BASE
-    zeros = tl.zeros((ROWS, BASE), dtype=tl.float32)
-    x = split_dot(tl.reshape(x, (ROWS, BASE)), hadamard_signs(BASE), zeros, X_TERMS, 1)
-    if GROUP > BASE:
-        x = butterfly(x, ROWS // 2, BASE)
-    if GROUP > 2 * BASE:
-        x = butterfly(x, ROWS // 4, 2 * BASE)
-    return tl.reshape(x, (BLOCK_G, GROUP)) * GROUP**-0.5
 
 
 @triton.jit
@@ -103,6 +73,7 @@ def quantize_token(
     GROUP: tl.constexpr, ROTATE: tl.constexpr, TWO_LEVEL: tl.constexpr, ACT_BITS: tl.constexpr,
     PLANES: tl.constexpr, X_TERMS: tl.constexpr, BLOCK_G: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
+    """The codes of one token and its scales; with ACT_BITS 16 the smoothed and rotated numbers themselves."""
     BLOCK_K: tl.constexpr = BLOCK_G * GROUP
     offs_g = tl.arange(0, BLOCK_G)
     offs_k = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (BLOCK_G, GROUP)
@@ -114,7 +85,7 @@ def quantize_token(
     # one is read twice.
     if ONE_TILE:
         x = load_groups(x_row, smooth_ptr, offs_k, K, BLOCK_G, GROUP, ROTATE, X_TERMS)
-    if ACT_BITS == 8 or TWO_LEVEL:
+    if ACT_BITS == 8 or (TWO_LEVEL and ACT_BITS == 4):
         largest = tl.zeros((BLOCK_G,), dtype=tl.int32)
         if ONE_TILE:
             largest = tl.maximum(largest, tl.max(magnitude(x), axis=1))
@@ -129,7 +100,9 @@ def quantize_token(
     for k in tl.range(0, padded, BLOCK_K, num_stages=1):
         if not ONE_TILE:
             x = load_groups(x_row, smooth_ptr, k + offs_k, K, BLOCK_G, GROUP, ROTATE, X_TERMS)
-        if ACT_BITS == 8:
+        if ACT_BITS == 16:
+            codes = x
+        elif ACT_BITS == 8:
             codes = round_to(x, token_scale, INT8_MAX)
         else:
             absmax = tl.max(magnitude(x), axis=1)  # (BLOCK_G,)
@@ -142,7 +115,7 @@ def quantize_token(
                 scale_ptrs = scale_ptr + token.to(tl.int64) * groups + k // GROUP + offs_g
                 tl.store(scale_ptrs, scale, mask=k // GROUP + offs_g < groups)
                 codes = round_to(x, scale[:, None], INT4_MAX)
-        codes = codes.to(tl.int8)
+        codes = codes.to(codes_ptr.dtype.element_ty)
         if PLANES:
             even, odd = tl.split(tl.reshape(codes, (BLOCK_G, GROUP // 2, 2)))
             offs_j = k // 2 + offs_g[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
@@ -152,61 +125,37 @@ def quantize_token(
             tl.store(codes_row + k + offs_k, codes, mask=k + offs_k < padded)
 
 
-@triton.jit
-def project_down(
-    x_ptr, down_ptr, lora_ptr, pid_m, pid_r, M, K, R,
-    DOWN_TERMS: tl.constexpr, LORA_M: tl.constexpr, LORA_K: tl.constexpr, LORA_R: tl.constexpr,
-):  # fmt: skip
-    offs_m = pid_m * LORA_M + tl.arange(0, LORA_M)
-    offs_r = pid_r * LORA_R + tl.arange(0, LORA_R)
-    offs_k = tl.arange(0, LORA_K)
-    mask_m, mask_r = offs_m < M, offs_r < R
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
-    down_ptrs = down_ptr + offs_k[:, None] * R + offs_r[None, :]
-
-    acc = tl.zeros((LORA_M, LORA_R), dtype=tl.float32)
-    for k in range(0, K, LORA_K):
-        x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K - k)[None, :], other=0.0)
-        down = tl.load(down_ptrs, mask=(offs_k < K - k)[:, None] & mask_r[None, :], other=0.0)
-        if x.dtype == tl.float32:
-            acc += split_dot(x, down, tl.zeros((LORA_M, LORA_R), dtype=tl.float32), 3, DOWN_TERMS)
-        else:
-            acc = tl.dot(x, down.to(x.dtype), acc)
-        x_ptrs += LORA_K
-        down_ptrs += LORA_K * R
-
-    lora_ptrs = lora_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-    tl.store(lora_ptrs, acc, mask=mask_m[:, None] & mask_r[None, :])
-
-
-@triton.jit(do_not_specialize=["M"])  # or M = 1, 15 and 16 would each be compiled
+@triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
 def svdq_quantize_kernel(
-    x_ptr, smooth_ptr, down_ptr, codes_ptr, scale_ptr, lora_ptr,
-    M, K, padded, R,
+    x_ptr, smooth_ptr, down_ptr, codes_ptr, scale_ptr, lora_ptr, workspace_ptr, counter_ptr,
+    M, K, padded, R, splits,
     GROUP: tl.constexpr, ROTATE: tl.constexpr, TWO_LEVEL: tl.constexpr, ACT_BITS: tl.constexpr,
-    PLANES: tl.constexpr, X_TERMS: tl.constexpr, DOWN_TERMS: tl.constexpr,
+    PLANES: tl.constexpr, X_TERMS: tl.constexpr, DOWN_TERMS: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_G: tl.constexpr, ONE_TILE: tl.constexpr,
     LORA_M: tl.constexpr, LORA_K: tl.constexpr, LORA_R: tl.constexpr,
 ):  # fmt: skip
-    # The programs of one block of LORA_M tokens, one after the other, with `projections` = ceil(R / LORA_R):
+    # The programs of one block of LORA_M tokens, one after the other, with `projections` = ceil(R / LORA_R) * splits:
     #
     #   | project down | ... | token 0 | token 1 | ... | token LORA_M - 1 |   next block ...
     #     LORA_R ranks         all features, a tile of BLOCK_G groups at a time
     projections = 0
     if down_ptr is not None:
-        projections = tl.cdiv(R, LORA_R)
-    block = tl.program_id(0) // (projections + LORA_M)
-    member = tl.program_id(0) % (projections + LORA_M)
+        projections = tl.cdiv(R, LORA_R) * splits
+    tokens: tl.constexpr = 0 if codes_ptr is None else LORA_M
+    block = tl.program_id(0) // (projections + tokens)
+    member = tl.program_id(0) % (projections + tokens)
     token = block * LORA_M + member - projections
     if member >= projections:
-        if token < M:
-            quantize_token(
-                x_ptr, smooth_ptr, codes_ptr, scale_ptr, token, K, padded,
-                GROUP, ROTATE, TWO_LEVEL, ACT_BITS, PLANES, X_TERMS, BLOCK_G, ONE_TILE,
-            )  # fmt: skip
+        if codes_ptr is not None:  # noqa: SIM102 (known to the compiler, unlike the next)
+            if token < M:
+                quantize_token(
+                    x_ptr, smooth_ptr, codes_ptr, scale_ptr, token, K, padded,
+                    GROUP, ROTATE, TWO_LEVEL, ACT_BITS, PLANES, X_TERMS, BLOCK_G, ONE_TILE,
+                )  # fmt: skip
     elif down_ptr is not None:
         project_down(
-            x_ptr, down_ptr, lora_ptr, block, member, M, K, R, DOWN_TERMS, LORA_M, LORA_K, LORA_R
+            x_ptr, down_ptr, lora_ptr, workspace_ptr, counter_ptr, block, member // splits, member % splits, splits,
+            M, K, R, DOWN_TERMS, SPLIT_K, LORA_M, LORA_K, LORA_R,
         )  # fmt: skip
 
 
@@ -263,15 +212,65 @@ def quantize(
     lora_act = x.new_empty(m, rank, dtype=torch.float32)
     if m == 0:
         return codes, scale, lora_act
-    tile = config(k, padded, rank, group_size, x.dtype, target_of(x))
-    projections = triton.cdiv(rank, tile["LORA_R"])
-    grid = (triton.cdiv(m, tile["LORA_M"]) * (projections + tile["LORA_M"]),)
-    with on_device(x):
-        svdq_quantize_kernel[grid](
-            x, smooth_factor, proj_down, codes, scale, lora_act, m, k, padded, rank,
-            GROUP=group_size, ROTATE=rotate, TWO_LEVEL=two_level, ACT_BITS=act_bits, PLANES=planes,
-            X_TERMS=TERMS[x.dtype] if smooth_factor is None else 3,
-            DOWN_TERMS=1 if proj_down is None else TERMS[proj_down.dtype],
-            **tile,
-        )  # fmt: skip
+    scale_terms = dict(TWO_LEVEL=two_level, ACT_BITS=act_bits, PLANES=planes)
+    _launch(x, smooth_factor, proj_down, codes, scale, lora_act, padded, group_size, rotate, scale_terms)
     return codes, scale, lora_act
+
+
+def smooth_and_rotate(
+    x: Tensor,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    padded: int,
+    group_size: int,
+    rotate: bool,
+) -> tuple[Tensor, Tensor]:
+    """The activations of layers that do not quantize them: x' = rotate_groups(pad(x / smooth_factor)), (M, padded) in
+    x's dtype, and lora_act = x @ proj_down, (M, R) float32. One launch, or none if there is nothing to do."""
+    op = "w4a16_linear"
+    m, k = x.shape
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
+    proj_down = require(op, x, "proj_down", proj_down, FLOATS, k, rank)
+    proj_down = proj_down if rank else None
+    lora_act = x.new_empty(m, rank, dtype=torch.float32)
+    if rotate and group_size not in (16, 32, 64, 128, 256):
+        raise ValueError(f"{op}: with rotation group_size must be 16, 32, 64, 128 or 256, got {group_size}")
+    changed = None
+    if smooth_factor is not None or rotate or padded != k:
+        changed = x.new_empty(m, padded)
+    if not rotate:  # the groups mean nothing then, but for the shape of a tile
+        group_size = 16
+    if changed is not None or proj_down is not None:
+        modes = dict(TWO_LEVEL=False, ACT_BITS=16, PLANES=False)
+        _launch(x, smooth_factor, proj_down, changed, None, lora_act, padded, group_size, rotate, modes)
+    return x if changed is None else changed, lora_act
+
+
+def _launch(
+    x: Tensor,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    codes: Tensor | None,
+    scale: Tensor | None,
+    lora_act: Tensor,
+    padded: int,
+    group_size: int,
+    rotate: bool,
+    modes: dict[str, int],
+) -> None:
+    (m, k), rank = x.shape, lora_act.shape[1]
+    tile = config(k, padded, rank, group_size, x.dtype, target_of(x))
+    blocks, ranks = triton.cdiv(m, tile["LORA_M"]), triton.cdiv(rank, tile["LORA_R"])
+    splits, shares, counters = 1, None, None
+    if rank:
+        splits = splits_for(x, blocks * ranks, k, tile["LORA_K"])
+    if splits > 1:
+        shares, counters = workspace(x, blocks * ranks, splits, tile["LORA_M"] * tile["LORA_R"], torch.float32)
+    launch(
+        svdq_quantize_kernel, blocks * (ranks * splits + (0 if codes is None else tile["LORA_M"])),
+        x, smooth_factor, proj_down, codes, scale, lora_act, shares, counters, m, k, padded, rank, splits,
+        GROUP=group_size, ROTATE=rotate, X_TERMS=TERMS[x.dtype] if smooth_factor is None else 3,
+        DOWN_TERMS=1 if proj_down is None else TERMS[proj_down.dtype], SPLIT_K=splits > 1,
+        **modes, **tile,
+    )  # fmt: skip
