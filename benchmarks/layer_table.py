@@ -1,26 +1,39 @@
-"""The results of one weight shape as a table of 100 columns."""
+"""The results of one weight shape, and the verdicts of a run, as tables of 100 columns."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from qgraft.quantizer.tables import size
+from .targets import MEASURES, Verdict
 
 NOTE = (
-    "errors: relative, to the layer's own formula in float64 / to the float layer. ms: median (10th to 90th "
-    "percentile). GB/s: weights, input and output. fp32, bf16: ms of F.linear. gain: time of F.linear in the "
-    "input's type / time of the layer; more than 1 is faster."
+    "error: relative, in float64, to the layer's own formula / to the float layer. ms: median, and 10th to 90th "
+    "percentile. GB/s: weights, input and output, each once. roof: share of what this machine can do at best "
+    "(memory or arithmetic, whichever binds). peak: MiB that a call adds. gain: time of F.linear in the input's "
+    "type / time of the layer; more than 1 is faster."
 )
+TITLES = ("layer", "in", "rows", "error", "ms", "p10-p90", "GB/s", "TF/s", "roof", "peak", "gain")
 
 
-def layer_table(rows: list[dict[str, Any]]) -> Table:
-    """rows: as in the JSON, all of one shape."""
+def short_type(name: str) -> str:
+    """ "float32" as "fp32", "bfloat16" as "bf16"."""
+    return name.replace("bfloat", "bf").replace("float", "fp")
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A layer of ours by its scheme, others with the library before it."""
+    return row["scheme"] if row["library"] in ("qgraft", "torch") else f"{row['library']} {row['scheme']}"
+
+
+def layer_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """rows: as in the JSON, all of one shape, by number of tokens."""
     eager = any("eager" in row for row in rows)
-    table = Table(caption=NOTE, caption_justify="left", box=box.SIMPLE, pad_edge=False)
-    titles = ["scheme", "input", "tokens", "errors", "ms", *["eager"] * eager, "GB/s", "fp32", "bf16", "gain"]
-    for i, column in enumerate(titles):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    table = Table(caption=NOTE, caption_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate((*TITLES[:6], *["eager"] * eager, *TITLES[6:])):
+        # The name may fold; a number never.
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold")
     tokens = rows[0]["tokens"] if rows else 0
     for row in rows:
         if row["tokens"] != tokens:
@@ -30,24 +43,64 @@ def layer_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def sizes(rows: list[dict[str, Any]]) -> str:
-    """What each scheme needs for the shape of the rows, beside F.linear in the same type."""
-    texts = []
-    for row in rows:
-        ratio = row["float_bytes"] / row["weight_bytes"]
-        texts.append(f"{row['scheme']} {size(row['weight_bytes'])} ({ratio:.1f}x less than {row['dtype']})")
-    return ", ".join(dict.fromkeys(texts))
+def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What each layer of one shape takes, in MiB."""
+    caption = (
+        "MiB. made: its tensors when made. held: its tensors after use with every number of rows, packed copies "
+        "included. resident: what the process has grown by for it. of float: held / F.linear in the same type."
+    )
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(("layer", "in", "made", "held", "resident", "of float")):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    floats = {row["dtype"]: row["held_bytes"] for row in rows if row["library"] == "torch"}
+    last = {(name_of(row), row["dtype"]): row for row in rows}
+    for (name, dtype), row in last.items():
+        share = f"{row['held_bytes'] / floats[dtype]:.2f}"
+        sizes = (_mib(row[key]) for key in ("weight_bytes", "held_bytes", "resident_bytes"))
+        table.add_row(name, short_type(dtype), *sizes, share)
+    return table
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """A line for each target and scheme, a column for each number of tokens: measured / to reach."""
+    tokens = sorted({v.tokens for v in verdicts})
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(("target", "layer", "in", "measure", *(f"M={m}" for m in tokens))):
+        table.add_column(column, justify="left" if i < 4 else "right", overflow="fold")
+    lines: dict[tuple, dict[int, Verdict]] = {}
+    for v in verdicts:
+        key = (v.target.label, v.scheme, short_type(v.target.dtype), v.target.measure)
+        lines.setdefault(key, {})[v.tokens] = v
+    for key, cells in lines.items():
+        table.add_row(*key, *(verdict_cell(cells[m]) if m in cells else "" for m in tokens))
+    return table
+
+
+def verdict_cell(v: Verdict) -> str:
+    """ "2.71 / 2.5 ok"."""
+    sign = {True: "ok", False: "MISS", None: "?"}[v.ok]
+    value = "-" if v.value is None else f"{v.value:.2g}" if MEASURES[v.target.measure].at_most else f"{v.value:.2f}"
+    return f"{value} / {v.limit:g} {sign}"
 
 
 def _cells(row: dict[str, Any], eager: bool) -> list[str]:
-    errors = f"{row['error_formula']:.0e} / {row['error_weights']:.3f}"
-    dtype = row["dtype"].replace("bfloat", "bf").replace("float", "fp")
-    head = [row["scheme"], dtype, str(row["tokens"]), errors]
-    if row["ok"]:
-        times = [f"{row['median_ms']:.3g} ({row['p10_ms']:.3g} to {row['p90_ms']:.3g})"]
-        times += [f"{row['eager']['median_ms']:.3g}"] if eager else []
-        times += [f"{row['gb_per_s']:.1f}"]
-        ratio = f"{row['ratio']:.2f}x"
-    else:
-        times, ratio = ["WRONG", *["-"] * eager, "-"], "-"
-    return [*head, *times, *(f"{base['median_ms']:.3g}" for base in row["baselines"].values()), ratio]
+    formula = "-" if row["error_formula"] is None else f"{row['error_formula']:.0e}"
+    head = [name_of(row), short_type(row["dtype"]), str(row["tokens"]), f"{formula}/{row['error_weights']:.3f}"]
+    peak = _mib(row["peak_bytes"])
+    if "median_ms" not in row:
+        return [*head, "WRONG" if "reason" not in row else "-", "", *[""] * eager, "", "", "", peak, "-"]
+    return [
+        *head,
+        f"{row['median_ms']:.3g}",
+        f"{row['p10_ms']:.3g}-{row['p90_ms']:.3g}",
+        *([f"{row['eager']['median_ms']:.3g}"] if eager else []),
+        f"{row['gb_per_s']:.3g}",
+        f"{row['tflops']:.2g}",
+        "-" if row["roof_share"] is None else f"{row['roof_share']:.0%}",
+        peak,
+        f"{row['ratio']:.2f}x",
+    ]
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.1f}" if count < 100 << 20 else f"{count / 2**20:.0f}"

@@ -4,8 +4,13 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,33 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def stopwatch(call: Callable[[], object]) -> Callable[[], float]:
-    """A run for `interleaved` from a function that returns when its work is done, as on a CPU."""
+def stopwatch(call: Callable[[], object], before: Callable[[], object] | None = None) -> Callable[[], float]:
+    """A run for `interleaved` from a function that returns when its work is done, as on a CPU. What `before` does
+    first is not timed."""
 
     def run() -> float:
+        if before is not None:
+            before()
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
     return run
+
+
+class Cold:
+    """Empties the caches of the CPU, as a model does: by the time that it comes back to a layer it has read all its
+    other weights. The input stays warm, as the layer before leaves it."""
+
+    def __init__(self) -> None:
+        self._other = torch.ones(max(64 << 20, 2 * last_level_cache()) // 4)
+
+    def __call__(self, x: Tensor) -> None:
+        self._other.sum()
+        x.sum()
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core; 32 MiB where the system does not say."""
+    sizes = [path.read_text(encoding="utf-8").strip() for path in _CACHES.glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)

@@ -3,12 +3,14 @@
 A layer timed alone over and over finds its weights in the second-level cache, and a small one only measures
 how fast Python can launch it. So each run goes over copies of the layer that are larger together than the
 cache, inside one CUDA graph. Eager calls over the same copies are timed beside it: what a model without
-graphs would see.
+graphs would see. And the host alone: what a call costs in Python and in the launch before the GPU has to do
+anything.
 """
 
 import copy
 import itertools
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -22,8 +24,9 @@ LEAST_CALLS = 16
 Run = Callable[[], float]
 
 
-def graph_and_eager(layer: nn.Module, x: Tensor, weight_bytes: int) -> tuple[Run, Run]:
-    """Two runs for `timing.interleaved`, each returning the seconds of one call: in a graph, and eager."""
+def runs_of(layer: nn.Module, x: Tensor, weight_bytes: int) -> dict[str, Run]:
+    """Runs for `timing.interleaved`, each returning the seconds of one call: in a "graph", "eager", and of the "host"
+    until the call returns."""
     copies = [copy.deepcopy(layer) for _ in range(max(1, math.ceil(COLD_BYTES / max(weight_bytes, 1))))]
     calls = max(LEAST_CALLS, len(copies))
 
@@ -41,7 +44,11 @@ def graph_and_eager(layer: nn.Module, x: Tensor, weight_bytes: int) -> tuple[Run
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         sweep()
-    return _between_events(graph.replay, calls), _between_events(sweep, calls)
+    return {
+        "graph": _between_events(graph.replay, calls),
+        "eager": _between_events(sweep, calls),
+        "host": _until_returned(sweep, calls),
+    }
 
 
 def _between_events(call: Callable[[], None], calls: int) -> Run:
@@ -52,5 +59,17 @@ def _between_events(call: Callable[[], None], calls: int) -> Run:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
+
+    return run
+
+
+def _until_returned(call: Callable[[], None], calls: int) -> Run:
+    def run() -> float:
+        torch.cuda.synchronize()  # an empty queue: the host never has to wait for room in it
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return seconds / calls
 
     return run
