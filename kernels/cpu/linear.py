@@ -1,79 +1,121 @@
-"""W8A32, W8A16 and SVDQ on CPU: exact weights, blocks of rows dequantized into cache, MKL for the product.
+"""The ops on a CPU: the native kernels where they can be had (see `native.py`), else the same in plain torch.
 
-The float weight is never whole in memory: a block of rows is converted into one scratch buffer that stays in the
-second-level cache, multiplied, and overwritten. Compared with `weight.float()` + F.linear that saves writing and
-reading 4 bytes a weight through main memory, which is most of the time at few tokens.
+Native kernels read memory by address, so everything about their operands is checked here first.
 """
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..packing import unpack_int4
+from . import native, plain
 
-# Bytes of scratch. A few tokens: half of a second-level cache. Many tokens: each block also makes MKL repack the
-# activations, so blocks are larger; 16 MiB still bounds the memory.
-SCRATCH_BYTES = 1 << 20
-SCRATCH_BYTES_MANY = 1 << 24
-MANY_TOKENS = 64
-# ATen's bfloat16 x int8 kernel reads each weight once for a few tokens; beyond them blocks win.
-INT8PACK_MAX_TOKENS = 16
-# It reads past the end of rows that are no multiple of this (wrong sums or a crash, seen in torch 2.13).
-INT8PACK_FEATURES = 16
-# It crashes on operands that do not begin at a multiple of 16 or 32 bytes, such as tensors mapped from a file and
-# views. What torch allocates begins at a multiple of 64.
-INT8PACK_ALIGNMENT = 64
-# bfloat16 products are done by the hardware (AMX or AVX512-BF16) or else by slow emulation.
-FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
-
-
-def _rows_per_block(tokens: int, in_features: int, out_features: int, itemsize: int = 4) -> int:
-    budget = SCRATCH_BYTES if tokens < MANY_TOKENS else SCRATCH_BYTES_MANY
-    return max(16, min(out_features, budget // (itemsize * in_features)))
-
-
-def _w8_blocks(x: Tensor, qweight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x @ qweight^T with the product taken in `dtype`, in which every int8 is exact; (M, N) in that dtype."""
-    out_features, in_features = qweight.shape
-    act = x.to(dtype)
-    y = torch.empty(x.shape[0], out_features, dtype=dtype)
-    rows = _rows_per_block(x.shape[0], in_features, out_features, dtype.itemsize)
-    scratch = torch.empty(rows, in_features, dtype=dtype)
-    for start in range(0, out_features, rows):
-        block = qweight[start : start + rows]
-        weight = scratch[: block.shape[0]].copy_(block)
-        torch.mm(act, weight.t(), out=y[:, start : start + rows])
-    return y
-
-
-def _finish(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y = y * scale  # float32, whatever y was
-    if bias is not None:
-        y += bias
-    return y.to(dtype)
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Sums of products of codes with zero points, at most 255 * 255 each, are kept in 32 bits.
+W8A8_MAX_FEATURES = (2**31 - 1) // 255**2
+# And of codes times integers times codes: at most 128 * 127 each.
+SVDQ_MAX_FEATURES = (2**31 - 1) // (128 * 127)
+UNIT = 32  # input features that W4A16's kernel takes at a time
 
 
 def w8a32_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """See :func:`qgraft.kernels.reference.w8_linear`."""
-    return _finish(_w8_blocks(x, qweight, torch.float32), scale, bias, x.dtype)
+    return _w8("w8a32_linear", x, qweight, scale, bias, plain.w8a32_linear)
 
 
 def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """See :func:`qgraft.kernels.reference.w8_linear`; x is bfloat16 or float16.
 
-    In bfloat16 the raw sums are rounded once before the scale, where hardware or ATen does the product: bfloat16
-    has float32's range, so nothing overflows. float16 has not, and always goes through float32.
+    Products are exact and summed in float32: by the processor's bfloat16 instructions if it has them and x is
+    bfloat16, else in float32.
     """
-    tokens, in_features = x.shape
-    packs = in_features % INT8PACK_FEATURES == 0 and qweight.data_ptr() % INT8PACK_ALIGNMENT == 0
-    if x.dtype is torch.bfloat16 and tokens <= INT8PACK_MAX_TOKENS and packs:
-        one = torch.ones(qweight.shape[0], dtype=x.dtype)
-        x = x.contiguous() if x.data_ptr() % INT8PACK_ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
-        y = torch._weight_int8pack_mm(x, qweight, one)
-    else:
-        fast = x.dtype is torch.bfloat16 and FAST_BF16
-        y = _w8_blocks(x, qweight, torch.bfloat16 if fast else torch.float32)
-    return _finish(y, scale, bias, x.dtype)
+    return _w8("w8a16_linear", x, qweight, scale, bias, plain.w8a16_linear)
+
+
+def _w8(op: str, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, fallback) -> Tensor:
+    lib = native.library()
+    if lib is None or x.dtype not in TYPES:
+        return fallback(x, qweight, scale, bias)
+    (m, k), n = x.shape, qweight.shape[0]
+    qweight = _require(op, "qweight", qweight, (torch.int8,), n, k)
+    scale = _require(op, "scale", scale, (torch.float32,), n)
+    bias = _bias(op, bias, n)
+    y = x.new_empty(m, n)
+    if y.numel() == 0:
+        return y
+    act = x if x.dtype is torch.bfloat16 and lib.features & native.BF16 else x.float()
+    step = lib.vector_bytes // act.element_size()
+    act = act.contiguous() if k % step == 0 else torch.nn.functional.pad(act, (0, -k % step))
+    _call(op, lib.qg_w8, act.data_ptr(), TYPES[act.dtype], act.shape[1], qweight.data_ptr(), scale.data_ptr(),
+          *_typed(bias), *_typed(y), m, n, k)  # fmt: skip
+    return y
+
+
+def w8a8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """See :func:`qgraft.kernels.reference.w8a8_linear`."""
+    op, lib = "w8a8_linear", native.library()
+    (m, k), n = x.shape, qweight.shape[0]
+    if lib is None or k > W8A8_MAX_FEATURES:
+        return reference.w8a8_linear(x, qweight, scale, zero_point, act_scale, act_zero_point, bias)
+    qweight = _require(op, "qweight", qweight, (torch.int8,), n, k)
+    scale = _require(op, "scale", scale, (torch.float32,), n)
+    zero_point = _require(op, "zero_point", zero_point, (torch.int8,), n)
+    act_scale = _require(op, "act_scale", act_scale, (torch.float32,))
+    act_zero_point = _require(op, "act_zero_point", act_zero_point, (torch.int8,))
+    bias = _bias(op, bias, n)
+    y = _output(x, m, n)
+    if y.numel():
+        zero = 0 if act_zero_point is None or act_scale is None else int(act_zero_point)
+        act = x.float().contiguous()
+        _call(op, lib.qg_w8a8, act.data_ptr(), qweight.data_ptr(), scale.data_ptr(), _address(zero_point),
+              _address(act_scale), zero, *_typed(bias), *_typed(y), m, n, k)  # fmt: skip
+    return y.to(x.dtype)
+
+
+def w4a16_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    rotate: bool,
+) -> Tensor:
+    """See :func:`qgraft.kernels.reference.w4a16_linear`.
+
+    More than 16 tokens in bfloat16, on a processor that multiplies bfloat16, round the dequantized weight to it.
+    """
+    op, lib = "w4a16_linear", native.library()
+    (m, k), n, padded = x.shape, qweight.shape[0], 2 * qweight.shape[1]
+    if lib is None or x.dtype not in TYPES or group_size % UNIT or (rotate and group_size & (group_size - 1)):
+        return reference.w4a16_linear(
+            x, qweight, scale, zero_point, smooth_factor, proj_down, proj_up, bias, group_size, rotate
+        )
+    _check_padding(op, k, padded, group_size)
+    groups = padded // group_size
+    qweight = _require(op, "qweight", qweight, (torch.uint8,), n, padded // 2)
+    scale = _require(op, "scale", scale, tuple(TYPES), n, groups)
+    zero_point = _require(op, "zero_point", zero_point, (torch.int8,), n, groups)
+    smooth_factor = _require(op, "smooth_factor", smooth_factor, (torch.float32,), k)
+    proj_down, proj_up, rank = _branch(op, proj_down, proj_up, k, n)
+    bias = _bias(op, bias, n)
+    y = x.new_empty(m, n)
+    if y.numel():
+        act = x.float().contiguous()
+        _call(op, lib.qg_w4a16, act.data_ptr(), _address(smooth_factor), *_typed(proj_down), qweight.data_ptr(),
+              *_typed(scale), _address(zero_point), *_typed(proj_up), *_typed(bias), *_typed(y),
+              m, n, k, padded, group_size, int(rotate), rank)  # fmt: skip
+    return y
 
 
 def svdq_quantize(
@@ -86,8 +128,24 @@ def svdq_quantize(
     two_level: bool,
     act_bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`qgraft.kernels.reference.svdq_quantize`."""
-    return reference.svdq_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits)
+    """See :func:`qgraft.kernels.reference.svdq_quantize`. A token with NaN or infinity in it has the scale NaN."""
+    op, lib = "svdq_quantize", native.library()
+    if lib is None or not _native_groups(group_size, two_level, act_bits):
+        return plain.svdq_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits)
+    m, k = x.shape
+    _check_padding(op, k, padded, group_size)
+    smooth_factor = _require(op, "smooth_factor", smooth_factor, (torch.float32,), k)
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    proj_down = _require(op, "proj_down", proj_down, tuple(TYPES), k, rank)
+    codes = x.new_empty(m, padded, dtype=torch.int8)
+    act_scale = x.new_empty(m, 1, dtype=torch.float32)
+    lora_act = x.new_empty(m, rank, dtype=torch.float32)
+    if m:
+        act = x.float().contiguous()
+        _call(op, lib.qg_svdq_quantize, act.data_ptr(), _address(smooth_factor), *_typed(proj_down), m, k, padded,
+              group_size, int(rotate), act_bits, rank, codes.data_ptr(), act_scale.data_ptr(),
+              lora_act.data_ptr())  # fmt: skip
+    return codes, act_scale, lora_act
 
 
 def svdq_linear(
@@ -103,34 +161,84 @@ def svdq_linear(
     rotate: bool,
     act_bits: int,
 ) -> Tensor:
-    """See :func:`qgraft.kernels.reference.svdq_linear`.
-
-    Folded codes are small integers, so their products are exact in float32 and only sums above 2^24 round (1 part
-    in 10^7); unlike an int8 instruction without VNNI this never saturates.
-    """
-    padded = 2 * qweight.shape[1]
-    two_level = group_scale is not None
-    codes, act_scale, lora_act = reference.svdq_quantize(
-        x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits
-    )
-    act = codes.float()
-    if not two_level:
-        act = (act.unflatten(-1, (-1, group_size)) * act_scale[..., None]).flatten(-2)
-    steps = group_scale.float() if two_level else scale  # (N, Kp // G)
-    out_features = qweight.shape[0]
-    y = torch.empty(x.shape[0], out_features, dtype=torch.float32)
-    rows = _rows_per_block(x.shape[0], padded, out_features)
-    scratch = torch.empty(rows, padded // group_size, group_size, dtype=torch.float32)
-    for start in range(0, out_features, rows):
-        stop = min(start + rows, out_features)
-        weight = unpack_int4(qweight[start:stop]).unflatten(-1, (-1, group_size))
-        weight = torch.mul(weight, steps[start:stop, :, None], out=scratch[: stop - start]).flatten(-2)
-        torch.mm(act, weight.t(), out=y[:, start:stop])
-    if two_level:
-        y *= act_scale
-        y *= scale
-    if proj_up is not None:
-        y = torch.addmm(y, lora_act, proj_up.float().t())
-    if bias is not None:
-        y += bias
+    """See :func:`qgraft.kernels.reference.svdq_linear`. Scales that are floats per group take the plain path."""
+    op, lib = "svdq_linear", native.library()
+    (m, k), n, padded = x.shape, qweight.shape[0], 2 * qweight.shape[1]
+    if lib is None or group_scale is None or not _native_groups(group_size, True, act_bits):
+        return plain.svdq_linear(
+            x, qweight, scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size, rotate, act_bits
+        )
+    _check_padding(op, k, padded, group_size)
+    if padded > SVDQ_MAX_FEATURES:
+        raise ValueError(f"{op}: two-level scales take at most {SVDQ_MAX_FEATURES} input features, got {padded}")
+    qweight = _require(op, "qweight", qweight, (torch.uint8,), n, padded // 2)
+    scale = _require(op, "scale", scale, (torch.float32,), n)
+    group_scale = _require(op, "group_scale", group_scale, (torch.uint8,), n, padded // group_size)
+    smooth_factor = _require(op, "smooth_factor", smooth_factor, (torch.float32,), k)
+    proj_down, proj_up, rank = _branch(op, proj_down, proj_up, k, n)
+    bias = _bias(op, bias, n)
+    y = _output(x, m, n)
+    if y.numel():
+        act = x.float().contiguous()
+        _call(op, lib.qg_svdq, act.data_ptr(), _address(smooth_factor), *_typed(proj_down), qweight.data_ptr(),
+              scale.data_ptr(), group_scale.data_ptr(), *_typed(proj_up), *_typed(bias), *_typed(y),
+              m, n, k, padded, group_size, int(rotate), act_bits, rank)  # fmt: skip
     return y.to(x.dtype)
+
+
+# ---- operands -------------------------------------------------------------------------------------------------------
+
+
+def _native_groups(group_size: int, two_level: bool, act_bits: int) -> bool:
+    return group_size in (16, 32, 64, 128, 256) and (act_bits == 8 or (act_bits == 4 and two_level))
+
+
+def _check_padding(op: str, k: int, padded: int, group_size: int) -> None:
+    if padded < k or padded % group_size:
+        raise ValueError(f"{op}: padded must be a multiple of {group_size} and at least {k}, got {padded}")
+
+
+def _require(op: str, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], *shape: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if not tensor.is_cpu:
+        raise ValueError(f"{op}: {name} is on {tensor.device} and x on cpu")
+    return tensor.contiguous()
+
+
+def _bias(op: str, bias: Tensor | None, n: int) -> Tensor | None:
+    if bias is not None and bias.dtype not in TYPES:
+        bias = bias.float()
+    return _require(op, "bias", bias, tuple(TYPES), n)
+
+
+def _branch(
+    op: str, proj_down: Tensor | None, proj_up: Tensor | None, k: int, n: int
+) -> tuple[Tensor | None, Tensor | None, int]:
+    if proj_down is None or proj_up is None:
+        return None, None, 0
+    rank = proj_down.shape[1]
+    down = _require(op, "proj_down", proj_down, tuple(TYPES), k, rank)
+    return down, _require(op, "proj_up", proj_up, tuple(TYPES), n, rank), rank
+
+
+def _output(x: Tensor, m: int, n: int) -> Tensor:
+    return x.new_empty(m, n, dtype=x.dtype if x.dtype in TYPES else torch.float32)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _typed(tensor: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if tensor is None else (tensor.data_ptr(), TYPES[tensor.dtype])
+
+
+def _call(op: str, function, *args) -> None:
+    if function(*args):
+        raise MemoryError(f"{op}: no memory for the activations")

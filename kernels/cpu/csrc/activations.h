@@ -1,0 +1,175 @@
+// What happens to activations before the product: smooth, rotate, quantize; and the projection down to the branch.
+#pragma once
+#include <cmath>
+#include "output.h"
+
+namespace qg {
+
+// The constants of reference.py.
+constexpr float MAX_INT4 = 7, MAX_INT8 = 127, MAX_GROUP_SCALE = 16, TINY = 1e-30f;
+
+inline F signs_of(int distance) {  // +1 where a butterfly adds, -1 where it subtracts
+  float signs[LANES];
+  for (int i = 0; i < LANES; i++) signs[i] = i & distance ? -1.0f : 1.0f;
+  return load_f(signs);
+}
+
+// Every group of `size` numbers (a power of two, at least LANES) times the orthonormal Hadamard matrix, in place.
+inline void rotate_groups(float* x, int64_t count, int64_t size) {
+  const F s1 = signs_of(1), s2 = signs_of(2), s4 = signs_of(4), norm = set_f(1.0f / std::sqrt(float(size)));
+#if QG_AVX512
+  const F s8 = signs_of(8);
+#endif
+  for (float* group = x; group < x + count; group += size) {
+    for (int64_t i = 0; i < size; i += LANES) {
+      F v = mul(load_f(group + i), norm);
+      v = fma(v, s1, swap_1(v));
+      v = fma(v, s2, swap_2(v));
+      v = fma(v, s4, swap_4(v));
+#if QG_AVX512
+      v = fma(v, s8, swap_8(v));
+#endif
+      store_f(group + i, v);
+    }
+    for (int64_t half = LANES; half < size; half *= 2)
+      for (int64_t i = 0; i < size; i += 2 * half)
+        for (int64_t j = i; j < i + half; j += LANES) {
+          const F a = load_f(group + j), b = load_f(group + j + half);
+          store_f(group + j, add(a, b));
+          store_f(group + j + half, sub(a, b));
+        }
+  }
+}
+
+// One token on its way to codes: x / smooth_factor, padded with zeros and rotated, into out (padded,).
+inline void prepare_token(const float* x, const float* smooth_factor, int64_t k, int64_t padded, bool rotate,
+                          int64_t group_size, float* out) {
+  const int64_t whole = k / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES)
+    store_f(out + i, smooth_factor ? div(load_f(x + i), load_f(smooth_factor + i)) : load_f(x + i));
+  for (int64_t i = whole; i < k; i++) out[i] = smooth_factor ? x[i] / smooth_factor[i] : x[i];
+  std::fill(out + k, out + padded, 0.0f);
+  if (rotate) rotate_groups(out, padded, group_size);
+}
+
+// The largest magnitude; NaN if anything is NaN or infinite, so that it cannot be lost on the way.
+inline float absmax(const float* x, int64_t count) {
+  F most = zero_f(), spoiled = zero_f();
+  for (int64_t i = 0; i < count; i += LANES) {
+    const F v = load_f(x + i);
+    most = max(most, abs(v));
+    spoiled = fma(v, zero_f(), spoiled);
+  }
+  float sums[LANES], total = max_of(most);
+  store_f(sums, spoiled);
+  for (float s : sums) total += s;
+  return total;
+}
+
+inline void round_to(const float* x, int64_t count, float scale, float limit, float integer, int8_t* codes) {
+  const F step = set_f(scale), most = set_f(limit), least = set_f(-limit), times = set_f(integer);
+  for (int64_t i = 0; i < count; i += LANES) {
+    const F code = min(max(round(div(load_f(x + i), step)), least), most);
+    store_int8(codes + i, mul(code, times));
+  }
+}
+
+// The token's scale; its codes go to codes (padded,), a multiple of LANES. Two-level for 4 bits, see reference.py.
+inline float quantize_token(const float* x, int64_t padded, int64_t group_size, int bits, int8_t* codes) {
+  if (bits == 8) {
+    const float most = absmax(x, padded), scale = most / MAX_INT8;
+    const float used = scale < TINY ? TINY : scale;  // NaN stays NaN
+    round_to(x, padded, used, MAX_INT8, 1, codes);
+    return used;
+  }
+  float most = 0;
+  for (int64_t g = 0; g < padded; g += group_size) {
+    const float here = absmax(x + g, group_size);
+    most = here > most || here != here ? here : most;
+    if (most != most) break;
+  }
+  const float scale = most / (MAX_INT4 * MAX_GROUP_SCALE), used = scale < TINY ? TINY : scale;
+  for (int64_t g = 0; g < padded; g += group_size) {
+    const float ratio = std::nearbyint(absmax(x + g, group_size) / (MAX_INT4 * used));
+    const float integer = std::min(std::max(ratio, 1.0f), MAX_GROUP_SCALE);
+    round_to(x + g, group_size, integer * used, MAX_INT4, integer, codes + g);
+  }
+  return used;
+}
+
+// Codes in the order of features -> as `Integer` multiplies them with int4 weights: of every 2 * BYTES features first
+// the even ones, then the odd ones, because that is how the nibbles of packed bytes come apart.
+inline void to_planes(const int8_t* codes, int64_t count, Integer::A* out) {
+  for (int64_t i = 0; i < count; i += 2 * BYTES) {
+    const I first = load_i(codes + i), second = load_i(codes + i + BYTES);
+    out = put_codes(put_codes(out, even_bytes(first, second)), odd_bytes(first, second));
+  }
+}
+
+// x (M, K) @ down (K, R) -> out (M, R), float32. Few tokens split K, in a way that does not depend on the threads.
+constexpr int64_t DOWN_TOKENS = 48, DOWN_FEATURES = 256, DOWN_COLUMNS = 2 * LANES;
+
+template <int M>
+inline void project_tile(const float* x, int64_t k, const float* panel, int64_t features, float* out, int64_t ldo) {
+  F acc[M][2];
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < 2; j++) acc[m][j] = load_f(out + m * ldo + j * LANES);
+  for (int64_t i = 0; i < features; i++) {
+    const F a = load_f(panel + i * DOWN_COLUMNS), b = load_f(panel + i * DOWN_COLUMNS + LANES);
+    for (int m = 0; m < M; m++) {
+      const F value = set_f(x[m * k + i]);
+      acc[m][0] = fma(value, a, acc[m][0]);
+      acc[m][1] = fma(value, b, acc[m][1]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < 2; j++) store_f(out + m * ldo + j * LANES, acc[m][j]);
+}
+
+inline int project_down(const float* x, int64_t m, int64_t k, const void* down, Type type, int64_t rank, float* out) {
+  const int64_t columns = (rank + DOWN_COLUMNS - 1) / DOWN_COLUMNS, wide = columns * DOWN_COLUMNS;
+  const int64_t pieces = (k + DOWN_FEATURES - 1) / DOWN_FEATURES, splits = m <= FEW_TOKENS ? pieces : 1;
+  const int64_t blocks = (m + DOWN_TOKENS - 1) / DOWN_TOKENS;
+  float* partial = (float*)calloc(splits * m * wide, sizeof(float));
+  if (!partial) return 1;
+  int failed = 0;
+#pragma omp parallel for if (m * k * rank > PARALLEL_WORK)
+  for (int64_t task = 0; task < blocks * splits; task++) {
+    float* panel = (float*)scratch<0>(sizeof(float) * DOWN_FEATURES * DOWN_COLUMNS);
+    if (!panel) {
+#pragma omp atomic write
+      failed = 1;
+      continue;
+    }
+    const int64_t m0 = task / splits * DOWN_TOKENS, tokens = std::min(DOWN_TOKENS, m - m0), split = task % splits;
+    float* sums = partial + (split * m + m0) * wide;
+    const int64_t first = splits == 1 ? 0 : split, last = splits == 1 ? pieces : split + 1;
+    for (int64_t piece = first; piece < last; piece++) {
+      const int64_t start = piece * DOWN_FEATURES, features = std::min(DOWN_FEATURES, k - start);
+      for (int64_t c = 0; c < columns; c++) {
+        const int64_t r = c * DOWN_COLUMNS;
+        for (int64_t i = 0; i < features; i++)
+          for (int j = 0; j < 2; j++) {
+            const int count = int(std::max<int64_t>(0, std::min<int64_t>(LANES, rank - r - j * LANES)));
+            const int64_t at = (start + i) * rank + r + j * LANES;
+            const F value = count == LANES ? load(down, type, at) : load_some(down, type, count ? at : 0, count);
+            store_f(panel + i * DOWN_COLUMNS + j * LANES, value);
+          }
+        const float* rows = x + m0 * k + start;
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4) project_tile<4>(rows + t * k, k, panel, features, sums + t * wide + r, wide);
+        for (; t < tokens; t++) project_tile<1>(rows + t * k, k, panel, features, sums + t * wide + r, wide);
+      }
+    }
+  }
+  for (int64_t t = 0; t < m; t++)
+    for (int64_t r = 0; r < rank; r++) {
+      float sum = 0;
+      for (int64_t split = 0; split < splits; split++) sum += partial[(split * m + t) * wide + r];
+      out[t * rank + r] = sum;
+    }
+  free(partial);
+  return failed;
+}
+
+}  // namespace qg

@@ -1,0 +1,110 @@
+// The C face of the native kernels, called by `native.py`. Every function but the first returns 0, or 1 when there is
+// no memory. Tensors are contiguous; types are those of `Type`.
+#include "svdq.h"
+#include "w4a16.h"
+#include "w8.h"
+#include "w8a8.h"
+
+using namespace qg;
+
+#define QG_EXPORT extern "C" __attribute__((visibility("default")))
+
+static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// Freed at the end of a call.
+template <class E>
+struct Memory {
+  E* data;
+  explicit Memory(int64_t count) : data((E*)aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(E), 64))) {}
+  Memory(const Memory&) = delete;
+  ~Memory() { free(data); }
+};
+
+// What the machine can do, as bits: 1 AVX-512, 2 eight-bit dot products, 4 bfloat16 ones.
+QG_EXPORT int32_t qg_features() { return QG_AVX512 | QG_VNNI << 1 | QG_BF16 << 2; }
+
+template <class T>
+static int w8(const typename T::A* x, int64_t ldx, const int8_t* qweight, const float* scale, const Output& out,
+              int64_t m, int64_t k) {
+  return gemm<T>(x, ldx, m, out.n, round_up(k, Unpacked<T>::STEP), W8<T>{qweight, scale, k, out});
+}
+
+// W8A32 and W8A16. Rows of x are whole vectors long (ldx elements, zeros past k), and float32 or, with x_type,
+// bfloat16.
+QG_EXPORT int32_t qg_w8(const void* x, int32_t x_type, int64_t ldx, const int8_t* qweight, const float* scale,
+                        const void* bias, int32_t bias_type, void* y, int32_t type, int64_t m, int64_t n, int64_t k) {
+  const Output out{y, Type(type), n, bias, Type(bias_type), nullptr, nullptr, FLOAT32, 0};
+#if QG_BF16
+  if (x_type == BFLOAT16) return w8<Bfloat16>((const bf16*)x, ldx, qweight, scale, out, m, k);
+#endif
+  (void)x_type;
+  return w8<Float32>((const float*)x, ldx, qweight, scale, out, m, k);
+}
+
+QG_EXPORT int32_t qg_w8a8(const float* x, const int8_t* qweight, const float* scale, const int8_t* zero_point,
+                          const float* act_scale, int32_t act_zero_point, const void* bias, int32_t bias_type, void* y,
+                          int32_t type, int64_t m, int64_t n, int64_t k) {
+  const int64_t wide = round_up(k, BYTES);
+  const Memory<Integer::A> codes(m * wide);
+  const Memory<float> steps(m);
+  const Memory<int32_t> sums(m);
+  if (!codes.data || !steps.data || !sums.data) return 1;
+  if (quantize_w8a8(x, m, k, wide, act_scale, act_zero_point, codes.data, steps.data, sums.data)) return 1;
+  const Output out{y, Type(type), n, bias, Type(bias_type), nullptr, nullptr, FLOAT32, 0};
+  const W8A8 layer{qweight, scale, zero_point, steps.data, sums.data, act_zero_point, k, out};
+  return gemm<Integer>(codes.data, wide, m, n, wide, layer);
+}
+
+template <class T>
+static int w4a16(const float* x, const float* smooth_factor, const uint8_t* qweight, const void* scale, Type scale_type,
+                 const int8_t* zero_point, const Output& out, int64_t m, int64_t k, int64_t padded, int64_t group_size,
+                 bool rotate) {
+  const Memory<typename T::A> act(m * padded);
+  if (!act.data) return 1;
+  if (prepare_w4a16<T>(x, smooth_factor, m, k, padded, group_size, rotate, out.type, act.data)) return 1;
+  const W4A16<T> layer{qweight, scale, scale_type, zero_point, padded, group_size, out};
+  return gemm<T>(act.data, padded, m, out.n, padded, layer);
+}
+
+// Groups of a multiple of 32 features. Activations are rounded to the type of y.
+QG_EXPORT int32_t qg_w4a16(const float* x, const float* smooth_factor, const void* down, int32_t down_type,
+                           const uint8_t* qweight, const void* scale, int32_t scale_type, const int8_t* zero_point,
+                           const void* up, int32_t up_type, const void* bias, int32_t bias_type, void* y, int32_t type,
+                           int64_t m, int64_t n, int64_t k, int64_t padded, int64_t group_size, int32_t rotate,
+                           int64_t rank) {
+  const Memory<float> lora(m * rank);
+  if (!lora.data || (rank && project_down(x, m, k, down, Type(down_type), rank, lora.data))) return 1;
+  const Output out{y, Type(type), n, bias, Type(bias_type), lora.data, up, Type(up_type), rank};
+#if QG_BF16
+  if (type == BFLOAT16 && m > FEW_TOKENS)
+    return w4a16<Bfloat16>(x, smooth_factor, qweight, scale, Type(scale_type), zero_point, out, m, k, padded, group_size,
+                           rotate);
+#endif
+  return w4a16<Float32>(x, smooth_factor, qweight, scale, Type(scale_type), zero_point, out, m, k, padded, group_size,
+                        rotate);
+}
+
+QG_EXPORT int32_t qg_svdq_quantize(const float* x, const float* smooth_factor, const void* down, int32_t down_type,
+                                   int64_t m, int64_t k, int64_t padded, int64_t group_size, int32_t rotate,
+                                   int32_t bits, int64_t rank, int8_t* codes, float* act_scale, float* lora) {
+  const Activations act{x, smooth_factor, m, k, padded, group_size, rotate != 0, bits};
+  if (rank && project_down(x, m, k, down, Type(down_type), rank, lora)) return 1;
+  return act.quantize(nullptr, codes, act_scale);
+}
+
+QG_EXPORT int32_t qg_svdq(const float* x, const float* smooth_factor, const void* down, int32_t down_type,
+                          const uint8_t* qweight, const float* scale, const uint8_t* group_scale, const void* up,
+                          int32_t up_type, const void* bias, int32_t bias_type, void* y, int32_t type, int64_t m,
+                          int64_t n, int64_t k, int64_t padded, int64_t group_size, int32_t rotate, int32_t bits,
+                          int64_t rank) {
+  const int64_t wide = Activations::wide(padded);
+  const Memory<Integer::A> planes(m * wide);
+  const Memory<float> act_scale(m), lora(m * rank);
+  if (!planes.data || !act_scale.data || !lora.data) return 1;
+  if (rank && project_down(x, m, k, down, Type(down_type), rank, lora.data)) return 1;
+  const Activations act{x, smooth_factor, m, k, padded, group_size, rotate != 0, bits};
+  if (act.quantize(planes.data, nullptr, act_scale.data)) return 1;
+  const Output out{y, Type(type), n, bias, Type(bias_type), lora.data, up, Type(up_type), rank};
+  const Svdq layer{qweight, group_scale, scale, act_scale.data, padded, group_size, out};
+  return gemm<Integer>(planes.data, wide, m, n, wide, layer);
+}

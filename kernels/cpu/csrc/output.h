@@ -1,0 +1,126 @@
+// The end of every layer: sums times scales, plus the low-rank branch, plus the bias, rounded to the output's type.
+#pragma once
+#include "gemm.h"
+
+namespace qg {
+
+struct Output {
+  void* y;  // (M, N) of type
+  Type type;
+  int64_t n;
+  const void* bias;  // (N,) of bias_type, or null
+  Type bias_type;
+  const float* lora;  // (M, rank)
+  const void* up;     // (N, rank) of up_type; null with rank 0
+  Type up_type;
+  int64_t rank;
+
+  static constexpr int AT_ONCE = 4;  // tokens
+  size_t scratch_bytes() const { return sizeof(float) * rank * LANES; }
+
+  // Writes tokens [m0, m0 + tokens) of rows [row, row + rows). values_of(r, count) -> a function of a token (counted
+  // from m0) that gives its LANES values from row + r on, `count` of them real.
+  template <class Values>
+  void write(int64_t m0, int64_t tokens, int64_t row, int rows, float* scratch, const Values& values_of) const {
+    for (int r = 0; r < rows; r += LANES) {
+      const int count = std::min(LANES, rows - r);
+      const F shift = bias ? load_some(bias, bias_type, row + r, count) : zero_f();
+      const auto value_of = values_of(r, count);
+      if (rank) turn_up(row + r, count, scratch);
+      for (int64_t m = 0; m < tokens; m += AT_ONCE) {
+        const int here = int(std::min<int64_t>(AT_ONCE, tokens - m));
+        F value[AT_ONCE];
+        for (int t = 0; t < AT_ONCE; t++) value[t] = value_of(m + std::min(t, here - 1));
+        if (rank) add_branch(m0 + m, here, scratch, value);
+        for (int t = 0; t < here; t++) {
+          const int64_t at = (m0 + m + t) * n + row + r;
+          if (count == LANES) store(y, type, at, add(value[t], shift));
+          else store_some(y, type, at, add(value[t], shift), count);
+        }
+      }
+    }
+  }
+
+  // Rows of `up`, turned to have the outputs side by side, (rank, LANES): what every token reads.
+  void turn_up(int64_t row, int count, float* turned) const {
+    if (count < LANES) std::fill(turned, turned + rank * LANES, 0.0f);
+    for (int i = 0; i < count; i++)
+      for (int64_t q = 0; q < rank; q += LANES) {
+        const int some = int(std::min<int64_t>(LANES, rank - q));
+        const int64_t at = (row + i) * rank + q;
+        float values[LANES];
+        store_f(values, some == LANES ? load(up, up_type, at) : load_some(up, up_type, at, some));
+        for (int j = 0; j < some; j++) turned[(q + j) * LANES + i] = values[j];
+      }
+  }
+
+  void add_branch(int64_t token, int here, const float* turned, F* value) const {
+    const float* act[AT_ONCE];
+    for (int t = 0; t < AT_ONCE; t++) act[t] = lora + (token + std::min(t, here - 1)) * rank;
+    F sums[AT_ONCE] = {zero_f(), zero_f(), zero_f(), zero_f()};
+    for (int64_t q = 0; q < rank; q++) {
+      const F weights = load_f(turned + q * LANES);
+      for (int t = 0; t < AT_ONCE; t++) sums[t] = fma(set_f(act[t][q]), weights, sums[t]);
+    }
+    for (int t = 0; t < AT_ONCE; t++) value[t] = add(value[t], sums[t]);
+  }
+};
+
+// Integer sums of a block of rows, and the sums of those rows, which an offset of the activations adds to them.
+struct IntegerBlock {
+  float* scratch;
+  int32_t row_sums[ROWS_MANY] = {};
+
+  // For LANES rows from r on. It may wrap around, and so may the sums: the difference is right.
+  Sums offset(int r, int count, int32_t times) const {
+    Sums out = {};
+    for (int i = 0; i < count; i++) out[i] = int32_t(uint32_t(times) * uint32_t(row_sums[r + i]));
+    return out;
+  }
+};
+
+inline Sums load_sums(const int32_t* p) {
+  Sums out;
+  memcpy(&out, p, sizeof out);
+  return out;
+}
+
+inline int32_t total(Sums sum) {
+  int32_t out = 0;
+  for (int i = 0; i < LANES; i++) out += sum[i];
+  return out;
+}
+
+// One vector of int8 weights -> as `Integer` multiplies them, their sum added to `sum`; where the next one goes.
+inline Integer::B* put_int8(Integer::B* to, I weights, Sums& sum) {
+#if QG_VNNI
+  store_i(to, weights);
+  sum = dot_bytes(sum, set_bytes(1), weights);
+  return to + Unpacked<Integer>::NEXT;
+#else
+  alignas(64) int8_t bytes[BYTES];
+  store_i(bytes, weights);
+  for (int half = 0; half < 2; half++) {
+    const I wide = widen_int8(bytes + half * BYTES / 2);
+    store_i(to, wide);
+    sum += madd_16(wide, set_words(1));
+    to += Unpacked<Integer>::NEXT;
+  }
+  return to;
+#endif
+}
+
+// One vector of int8 codes of activations -> as `Integer` multiplies them; where the next one goes.
+inline Integer::A* put_codes(Integer::A* to, I codes) {
+#if QG_VNNI
+  store_i(to, xor_i(codes, set_bytes(-128)));
+  return to + BYTES;
+#else
+  alignas(64) int8_t bytes[BYTES];
+  store_i(bytes, codes);
+  for (int half = 0; half < 2; half++) store_i(to + half * BYTES / 2, widen_int8(bytes + half * BYTES / 2));
+  return to + BYTES;
+#endif
+}
+
+}  // namespace qg

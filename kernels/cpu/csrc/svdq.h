@@ -1,0 +1,120 @@
+// W4A4-SVD and W4A8-SVD with two-level scales: int4 weights become int8 on their way to an integer product.
+//
+// A group's integer 1..16 times a code is an int8, and there are only 16 codes: one shuffle looks all of a vector up,
+// for every group in its own table. Sums are exact; the float scales, the branch and the bias come at the end.
+#pragma once
+#include "activations.h"
+
+namespace qg {
+
+struct Products {  // of every integer and every code, as two's complement counts the codes
+  alignas(16) int8_t of[17][16];
+  constexpr Products() : of() {
+    for (int integer = 0; integer <= 16; integer++)
+      for (int code = 0; code < 16; code++) of[integer][code] = int8_t(integer * (code < 8 ? code : code - 16));
+  }
+};
+constexpr Products PRODUCTS;
+
+struct Svdq {
+  const uint8_t* qweight;      // (N, padded / 2)
+  const uint8_t* group_scale;  // (N, padded / group_size)
+  const float* scale;          // (N,)
+  const float* act_scale;      // (M,)
+  int64_t padded, group_size;
+  Output out;
+
+  using Block = IntegerBlock;
+  size_t scratch_bytes() const { return out.scratch_bytes(); }
+
+  void unpack(int64_t row, int rows, int64_t start, const Unpacked<Integer>& to, Block& block) const {
+    const int64_t inside = std::max<int64_t>(0, std::min(to.length, padded - start)) / 2;  // bytes
+    const int shift = __builtin_ctzll(group_size);
+    const int64_t groups = padded >> shift, ahead = (to.ahead_row * padded + to.ahead_k) / 2;
+    for (int r = 0; r < rows; r++) {
+      const uint8_t* packed = qweight + ((row + r) * padded + start) / 2;
+      const uint8_t* integers = group_scale + (row + r) * groups;
+      for (int64_t i = 0; i < inside; i += 64) prefetch(packed + ahead + i);
+      Integer::B* at = to.row(r);
+      Sums sum = {};
+      for (int64_t i = 0; i < to.length / 2; i += BYTES) {
+        I bytes;
+        if (i + BYTES <= inside) {
+          bytes = load_i(packed + i);
+        } else {
+          uint8_t rest[BYTES] = {};
+          if (i < inside) memcpy(rest, packed + i, inside - i);
+          bytes = load_i(rest);
+        }
+        const I nibble = set_bytes(15), low = and_i(bytes, nibble), high = and_i(shift_right_16(bytes, 4), nibble);
+        I even, odd;
+        fold(integers, shift, start + 2 * i, low, high, even, odd);
+        at = put_int8(put_int8(at, even, sum), odd, sum);
+      }
+      block.row_sums[r] += total(sum);
+    }
+  }
+
+  // Codes times the integers of their groups; the vector begins at `feature`.
+  void fold(const uint8_t* integers, int shift, int64_t feature, I low, I high, I& even, I& odd) const {
+    const void* tables[BYTES / 16];
+    const auto table_of = [&](int64_t at) { return PRODUCTS.of[integers[at < padded ? at >> shift : 0]]; };
+    for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane);
+    const I table = load_lanes(tables);
+    even = shuffle_bytes(table, low);
+    odd = shuffle_bytes(table, high);
+    if (shift >= 5) return;
+    // Two groups of 16 features in each lane of 16 bytes.
+    for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane + 16);
+    const I second = load_lanes(tables), first_half = repeat_lane(_mm_set_epi64x(0, -1));
+    const I second_half = repeat_lane(_mm_set_epi64x(-1, 0));
+    even = xor_i(and_i(even, first_half), and_i(shuffle_bytes(second, low), second_half));
+    odd = xor_i(and_i(odd, first_half), and_i(shuffle_bytes(second, high), second_half));
+  }
+
+  void finish(int64_t m0, int64_t tokens, int64_t row, int rows, const int32_t* sums, int64_t ld, Block& block) const {
+    out.write(m0, tokens, row, rows, block.scratch, [&](int r, int count) {
+      const F step = load_some(scale, FLOAT32, row + r, count);
+      const Sums offset = block.offset(r, count, Integer::OFFSET);
+      return [=](int64_t m) {
+        return mul(mul(to_float(load_sums(sums + m * ld + r) - offset), set_f(act_scale[m0 + m])), step);
+      };
+    });
+  }
+};
+
+// x (M, K) float32 -> codes (M, wide) as `Integer` wants them, act_scale (M,), lora (M, rank).
+struct Activations {
+  const float* x;
+  const float* smooth_factor;
+  int64_t m, k, padded, group_size;
+  bool rotate;
+  int bits;
+
+  static int64_t wide(int64_t padded) { return (padded + 2 * BYTES - 1) / (2 * BYTES) * (2 * BYTES); }
+
+  // One of planes (M, wide) and codes (M, padded) is null.
+  int quantize(Integer::A* planes, int8_t* codes, float* act_scale) const {
+    const int64_t width = wide(padded);
+    int failed = 0;
+#pragma omp parallel for if (m > 1 && m * k > PARALLEL_WORK / 16)
+    for (int64_t t = 0; t < m; t++) {
+      float* row = (float*)scratch<0>(sizeof(float) * width);
+      int8_t* bytes = (int8_t*)scratch<1>(width);
+      if (!row || !bytes) {
+#pragma omp atomic write
+        failed = 1;
+        continue;
+      }
+      prepare_token(x + t * k, smooth_factor, k, padded, rotate, group_size, row);
+      act_scale[t] = quantize_token(row, padded, group_size, bits, bytes);
+      if (codes) memcpy(codes + t * padded, bytes, padded);
+      if (!planes) continue;
+      std::fill(bytes + padded, bytes + width, int8_t(0));
+      to_planes(bytes, width, planes + t * width);
+    }
+    return failed;
+  }
+};
+
+}  // namespace qg

@@ -1,0 +1,51 @@
+// W8A32 and W8A16: int8 weights, exact in float32 and in bfloat16, times float activations; the scale comes last.
+#pragma once
+#include "output.h"
+
+namespace qg {
+
+template <class T>
+struct W8 {
+  const int8_t* qweight;  // (N, K)
+  const float* scale;     // (N,)
+  int64_t k;
+  Output out;
+
+  struct Block {
+    float* scratch;
+  };
+  size_t scratch_bytes() const { return 0; }
+
+  void unpack(int64_t row, int rows, int64_t start, const Unpacked<T>& to, Block&) const {
+    constexpr int64_t STEP = Unpacked<T>::STEP, NEXT = Unpacked<T>::NEXT;
+    const int64_t inside = std::min(to.length, k - start), whole = inside / STEP;
+    const int64_t ahead = to.ahead_row * k + to.ahead_k;
+    for (int r = 0; r < rows; r++) {
+      const int8_t* codes = qweight + (row + r) * k + start;
+      typename T::B* at = to.row(r);
+      for (int64_t i = 0; i < inside; i += 64) prefetch(codes + ahead + i);
+      for (int64_t i = 0; i < whole; i++) widen(codes + i * STEP, at + i * NEXT);
+      if (inside % STEP) {
+        int8_t rest[BYTES] = {};
+        memcpy(rest, codes + whole * STEP, inside % STEP);
+        widen(rest, at + whole * NEXT);
+      }
+    }
+  }
+
+  static void widen(const int8_t* codes, float* to) { store_f(to, float_of_int8(codes)); }
+#if QG_BF16
+  static void widen(const int8_t* codes, bf16* to) {
+    store_i(to, pack_bf16(float_of_int8(codes), float_of_int8(codes + LANES)));
+  }
+#endif
+
+  void finish(int64_t m0, int64_t tokens, int64_t row, int rows, const float* sums, int64_t ld, Block& block) const {
+    out.write(m0, tokens, row, rows, block.scratch, [&](int r, int count) {
+      const F step = load_some(scale, FLOAT32, row + r, count);
+      return [=](int64_t m) { return mul(load_f(sums + m * ld + r), step); };
+    });
+  }
+};
+
+}  // namespace qg

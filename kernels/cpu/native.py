@@ -1,0 +1,168 @@
+"""The native CPU kernels: C++ beside this file, compiled once for this machine by its own compiler, and called directly.
+
+The first use compiles (about ten seconds, once for a machine and a version of the source) into the user's cache
+folder, as torch.compile and Triton do for theirs. Where that is impossible (no compiler, no AVX2, not Linux on x86)
+the paths in plain torch answer instead, with one warning that says why: right, but slower.
+
+Environment:
+    QGRAFT_CACHE     folder of the compiled kernels (default: $XDG_CACHE_HOME/qgraft or ~/.cache/qgraft)
+    QGRAFT_NATIVE=0  do not use them; no warning
+    CXX              the compiler (default: c++, g++ or clang++)
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden")
+SECONDS = 300  # that a compilation may take
+AVX512, VNNI, BF16 = 1, 2, 4
+
+
+class Unavailable(RuntimeError):
+    """Why there are no native kernels here."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None after one warning that says why there are none."""
+    if os.environ.get("QGRAFT_NATIVE") == "0":
+        return None
+    try:
+        return _load(build())
+    except Unavailable as why:
+        warnings.warn(
+            f"qgraft: no native CPU kernels, because {why}. The layers run in plain torch instead: right, but slower.",
+            stacklevel=2,
+        )
+        return None
+
+
+def build(flags: tuple[str, ...] = ()) -> Path:
+    """Compile the kernels, unless the cache has them already; the path of the shared library.
+
+    flags: more options for the compiler, after the usual ones. Raises Unavailable with the reason.
+    """
+    system, machine = platform.system(), platform.machine()
+    if system != "Linux" or machine not in ("x86_64", "AMD64"):
+        raise Unavailable(f"they are written for Linux on x86-64, and this is {system} on {machine}")
+    cpu = _cpu_flags()
+    missing = [flag for flag in ("avx2", "fma", "f16c") if flag not in cpu]
+    if missing:
+        raise Unavailable(f"this processor lacks {', '.join(missing)}")
+    compiler = _compiler()
+    command = [compiler, *FLAGS, *flags, *_openmp()]
+    sources = sorted(SOURCES.iterdir())
+    key = hashlib.sha256()
+    for part in (_version(compiler), *command, " ".join(sorted(cpu)), *(path.read_text() for path in sources)):
+        key.update(part.encode() + b"\0")
+    target = _cache() / f"kernels-{key.hexdigest()[:20]}.so"
+    if not target.exists():
+        _compile([*command, str(SOURCES / "kernels.cpp")], target)
+    return target
+
+
+def _compile(command: list[str], target: Path) -> None:
+    # Written beside its place and renamed, so that several processes may do this at once.
+    handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(handle)
+    try:
+        done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True, timeout=SECONDS)
+        if done.returncode:
+            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            raise Unavailable(f"`{command[0]}` could not compile them: {complaint}")
+        os.replace(unfinished, target)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"`{command[0]}` could not be run: {error}") from error
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return found
+    raise Unavailable(f"there is no C++ compiler ({f'CXX={wanted}' if wanted else 'c++, g++ or clang++'}) on the PATH")
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"`{compiler}` could not be run: {error}") from error
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError as error:
+        raise Unavailable(f"the processor's features cannot be read: {error}") from error
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def _openmp() -> list[str]:
+    """Options that link against the OpenMP library which torch has loaded: a second one would bring threads of its own,
+    beside torch's and deaf to torch.set_num_threads."""
+    import torch  # noqa: F401  (loads its OpenMP library)
+
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    found = re.search(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*)", maps)
+    return [found[1], f"-Wl,-rpath,{Path(found[1]).parent}"] if found else []
+
+
+def _cache() -> Path:
+    """A folder that can be written to; a new temporary one if the user's own cannot."""
+    wanted = os.environ.get("QGRAFT_CACHE")
+    base = Path(wanted) if wanted else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qgraft"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        if os.access(base, os.W_OK):
+            return base
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="qgraft-"))
+
+
+_SHORT = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}
+# Arguments of each function of kernels.cpp, in order: pointers, 32-bit and 64-bit integers.
+_SIGNATURES = {
+    "qg_features": "",
+    "qg_w8": "pil pp pi pi lll",
+    "qg_w8a8": "p pppp i pi pi lll",
+    "qg_w4a16": "pppi ppi p pi pi pi lllll i l",
+    "qg_svdq_quantize": "pppi llll ii l ppp",
+    "qg_svdq": "pppi ppp pi pi pi lllll ii l",
+}
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(lib, name)
+            function.argtypes = [_SHORT[kind] for kind in arguments.replace(" ", "")]
+            function.restype = ctypes.c_int32
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"{path} could not be loaded ({error}); remove it to have it compiled again") from error
+    lib.features = lib.qg_features()
+    lib.vector_bytes = 64 if lib.features & AVX512 else 32
+    return lib
+
+
+if __name__ == "__main__":
+    print(build(), file=sys.stdout)
