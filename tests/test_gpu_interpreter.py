@@ -396,3 +396,105 @@ def test_svdq_refuses_sums_that_an_int32_cannot_hold(kernels):
     problem = (torch.zeros(1, k), qweight, torch.ones(1), group_scale, None, None, None, None, 64)
     with pytest.raises(ValueError, match="two-level scales take at most 132104 input features, got 132160"):
         kernels("svdq.svdq_linear", *problem, False, 8)
+
+
+# ---- W4A16 ----------------------------------------------------------------------------------------------------------
+
+
+def w4a16_problem(m, n, k, group_size=64, zero_point=True, rank=0, smooth=False, rotate=False, bias=False):
+    group_size = group_size or -(-k // 32) * 32  # 0: one scale a row
+    groups = -(-k // group_size)
+    qweight = pack_int4(torch.randint(-8, 8, (n, groups * group_size), dtype=torch.int8))
+    scale = (torch.rand(n, groups) / 50 + 1e-2).half()
+    zero_point = torch.randint(-8, 8, (n, groups), dtype=torch.int8) if zero_point else None
+    smooth_factor = torch.rand(k) + 0.5 if smooth else None
+    down, up = (torch.randn(s, rank).half() / 8 for s in (k, n)) if rank else (None, None)
+    bias = torch.randn(n).half() if bias else None
+    return torch.randn(m, k).half(), qweight, scale, zero_point, smooth_factor, down, up, bias, group_size, rotate
+
+
+def assert_w4a16(kernels, problem):
+    y = kernels("w4a16.w4a16_linear", *problem)
+    assert y.dtype == torch.float16 and y.shape == (len(problem[0]), len(problem[1]))
+    assert relative(y, reference.w4a16_linear(*problem)) < 1e-3  # a weight and the sum, rounded to float16 each
+    assert torch.equal(y, kernels("w4a16.w4a16_linear", *problem))
+
+
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256, 0])
+def test_w4a16_for_every_group_size(kernels, group_size, zero_point):
+    assert_w4a16(kernels, w4a16_problem(3, 37, 1111, group_size, zero_point))
+
+
+@pytest.mark.parametrize("m", [*TOKENS, 8, 9])
+@pytest.mark.parametrize("k", [77, 512])
+def test_w4a16_for_any_number_of_tokens(kernels, m, k):
+    assert_w4a16(kernels, w4a16_problem(m, 70, k, bias=True))
+
+
+@pytest.mark.parametrize("m", [2, 17])
+@pytest.mark.parametrize(
+    "rank, smooth, rotate", [(0, True, True), (5, False, False), (32, True, True), (70, False, True)]
+)
+def test_w4a16_with_each_of_its_parts(kernels, m, rank, smooth, rotate):
+    assert_w4a16(kernels, w4a16_problem(m, 37, 300, 64, True, rank, smooth, rotate, True))
+
+
+def test_w4a16_takes_unaligned_and_strided_memory_and_says_what_it_does_not_take(kernels):
+    x, qweight, *rest = w4a16_problem(4, 37, 128)
+    whole = kernels("w4a16.w4a16_linear", x, qweight, *rest)
+    memory = torch.zeros(qweight.numel() + 1, dtype=torch.uint8)
+    moved = memory[1:].view_as(qweight).copy_(qweight)
+    assert torch.equal(kernels("w4a16.w4a16_linear", x[::2], moved, *rest), whole[::2])
+    assert kernels("w4a16.w4a16_linear", x[:0], qweight, *rest).shape == (0, 37)
+    with pytest.raises(TypeError, match="x must be bfloat16 or float16, got float32"):
+        kernels("w4a16.w4a16_linear", x.float(), qweight, *rest)
+    with pytest.raises(ValueError, match="group_size must be 16, 32, 64, 128 or 256, or the whole row"):
+        kernels("w4a16.w4a16_linear", x, qweight, *rest[:-2], 48, False)
+
+
+# ---- W8A8 -----------------------------------------------------------------------------------------------------------
+
+
+def w8a8_problem(m, n, k, dtype=torch.float32, zero_point=True, static=True, act_zero=True, bias=True):
+    x, qweight, scale, bias = w8_problem(m, n, k, dtype, dtype if bias else None)
+    zero_point = torch.randint(-128, 128, (n,), dtype=torch.int8) if zero_point else None
+    act_scale = torch.tensor(0.02) if static else None
+    act_zero_point = torch.tensor(-37, dtype=torch.int8) if static and act_zero else None
+    return x, qweight, scale, zero_point, act_scale, act_zero_point, bias
+
+
+def assert_w8a8(kernels, problem):
+    y, truth = kernels("w8a8.w8a8_linear", *problem), reference.w8a8_linear(*problem)
+    assert y.dtype == problem[0].dtype
+    assert relative(y, truth) < (1e-6 if y.dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("static", [True, False])
+def test_w8a8_for_any_number_of_tokens(kernels, static, m):
+    assert_w8a8(kernels, w8a8_problem(m, 70, 77 if m % 2 else 2048, static=static))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("static, act_zero", [(True, True), (True, False), (False, False)])
+def test_w8a8_with_each_kind_of_scale_and_zero_point(kernels, static, act_zero, zero_point, dtype):
+    assert_w8a8(kernels, w8a8_problem(5, 37, 2000, dtype, zero_point, static, act_zero, bias=zero_point))
+
+
+def test_w8a8_takes_the_largest_sums_zeros_infinity_and_nan(kernels):
+    k = 4096
+    x = torch.full((3, k), 1e9)
+    x[1] = 0
+    qweight = torch.full((2, k), -128, dtype=torch.int8)
+    zeros = torch.full((2,), 127, dtype=torch.int8)
+    static = torch.tensor(1.0), torch.tensor(-128, dtype=torch.int8)
+    y = kernels("w8a8.w8a8_linear", x, qweight, torch.ones(2), zeros, *static, None)
+    assert y[0].tolist() == [-255.0 * 255 * k] * 2 and y[1].eq(0).all()
+    x[2, 5], x[0, 3] = float("nan"), 1.0
+    y = kernels("w8a8.w8a8_linear", x, qweight, torch.ones(2), None, None, None, None)
+    assert y[0].isfinite().all() and y[1].eq(0).all() and y[2].isnan().all()
+    with pytest.raises(ValueError, match="at most 65793 input features, got 65794"):
+        kernels("w8a8.w8a8_linear", torch.zeros(1, 65794), torch.zeros(1, 65794).to(torch.int8), torch.ones(1), None,
+                *static, None)  # fmt: skip

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .common import FLOATS, TERMS, has_assembly, launch, require, split_dot, target_of, tile_of
+from .common import FLOATS, TERMS, has_assembly, launch, require, target_of, tile_of
+from .epilogue import add_low_rank, store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
 from .unpack import folded_int8, int8_times_16
 
@@ -30,32 +31,6 @@ def load_pieces(row_ptrs, b, groups, GROUP: tl.constexpr, PIECES: tl.constexpr, 
 def spread_pieces(values, ROWS: tl.constexpr, PIECES: tl.constexpr, EACH: tl.constexpr):
     """(ROWS, PIECES) -> (ROWS, PIECES * EACH)."""
     return tl.reshape(tl.broadcast_to(values[:, :, None], (ROWS, PIECES, EACH)), (ROWS, PIECES * EACH))
-
-
-@triton.jit
-def store_product(
-    acc, act_scale_ptr, lora_ptr, scale_ptr, up_ptr, bias_ptr, y_ptr,
-    offs_m, offs_n, rows_m, rows_n, M, N, R,
-    ACT_GROUPS: tl.constexpr, TWO_LEVEL: tl.constexpr, LORA_TERMS: tl.constexpr, UP_TERMS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """y = acc^T * scales + lora_act @ up^T + bias; acc is (BLOCK_N, BLOCK_M)."""
-    y = acc.to(tl.float32)
-    if not ACT_GROUPS:
-        y *= tl.load(act_scale_ptr + rows_m)[None, :]
-    if TWO_LEVEL:
-        y *= tl.load(scale_ptr + rows_n)[:, None]
-    if up_ptr is not None:
-        for r in tl.range(0, R, BLOCK_R, num_stages=1):
-            offs_r = r + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < R
-            up = tl.load(up_ptr + rows_n[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
-            lora = tl.load(lora_ptr + rows_m[None, :] * R + offs_r[:, None], mask=mask_r[:, None], other=0.0)
-            y = split_dot(up, lora, y, UP_TERMS, LORA_TERMS)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows_n).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & (offs_n < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
@@ -144,10 +119,14 @@ def svdq_gemm_kernel(
     if SPLIT_K:
         acc, last = sum_of_shares(acc, workspace_ptr, counter_ptr, tile, split, splits, BLOCK_N, BLOCK_M)
     if last:
-        store_product(
-            acc, act_scale_ptr, lora_ptr, scale_ptr, up_ptr, bias_ptr, y_ptr,
-            offs_m, offs_n, rows_m, rows_n, M, N, R, ACT_GROUPS, TWO_LEVEL, LORA_TERMS, UP_TERMS, BLOCK_R,
-        )  # fmt: skip
+        y = acc.to(tl.float32)
+        if not ACT_GROUPS:
+            y *= tl.load(act_scale_ptr + rows_m)[None, :]
+        if TWO_LEVEL:
+            y *= tl.load(scale_ptr + rows_n)[:, None]
+        if up_ptr is not None:
+            y = add_low_rank(y, lora_ptr, up_ptr, rows_m, rows_n, R, LORA_TERMS, UP_TERMS, BLOCK_R)
+        store_transposed(y, bias_ptr, y_ptr, offs_m, offs_n, M, N)
 
 
 def config(

@@ -116,7 +116,17 @@ def quantize_token(
                 tl.store(scale_ptrs, scale, mask=k // GROUP + offs_g < groups)
                 codes = round_to(x, scale[:, None], INT4_MAX)
         codes = codes.to(codes_ptr.dtype.element_ty)
-        if PLANES:
+        if PLANES == 4:
+            even, odd = tl.split(tl.reshape(codes, (BLOCK_G, GROUP // 2, 2)))
+            c0, c2 = tl.split(tl.reshape(even, (BLOCK_G, GROUP // 4, 2)))
+            c1, c3 = tl.split(tl.reshape(odd, (BLOCK_G, GROUP // 4, 2)))
+            offs_j = k // 4 + offs_g[:, None] * (GROUP // 4) + tl.arange(0, GROUP // 4)[None, :]
+            mask_j = offs_j < padded // 4
+            tl.store(codes_row + offs_j, c0, mask=mask_j)
+            tl.store(codes_row + padded // 4 + offs_j, c1, mask=mask_j)
+            tl.store(codes_row + padded // 2 + offs_j, c2, mask=mask_j)
+            tl.store(codes_row + padded // 4 * 3 + offs_j, c3, mask=mask_j)
+        elif PLANES == 2:
             even, odd = tl.split(tl.reshape(codes, (BLOCK_G, GROUP // 2, 2)))
             offs_j = k // 2 + offs_g[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
             tl.store(codes_row + offs_j, even, mask=offs_j < padded // 2)
@@ -212,7 +222,7 @@ def quantize(
     lora_act = x.new_empty(m, rank, dtype=torch.float32)
     if m == 0:
         return codes, scale, lora_act
-    scale_terms = dict(TWO_LEVEL=two_level, ACT_BITS=act_bits, PLANES=planes)
+    scale_terms = dict(TWO_LEVEL=two_level, ACT_BITS=act_bits, PLANES=2 if planes else 1)
     _launch(x, smooth_factor, proj_down, codes, scale, lora_act, padded, group_size, rotate, scale_terms)
     return codes, scale, lora_act
 
@@ -224,9 +234,13 @@ def smooth_and_rotate(
     padded: int,
     group_size: int,
     rotate: bool,
+    planes: int,
 ) -> tuple[Tensor, Tensor]:
     """The activations of layers that do not quantize them: x' = rotate_groups(pad(x / smooth_factor)), (M, padded) in
-    x's dtype, and lora_act = x @ proj_down, (M, R) float32. One launch, or none if there is nothing to do."""
+    x's dtype, and lora_act = x @ proj_down, (M, R) float32. One launch, or none if there is nothing to do.
+
+    With 4 planes the numbers of a row stand as 0, 4, 8.., then 1, 5, 9.. and so on; with 1 in their order.
+    """
     op = "w4a16_linear"
     m, k = x.shape
     rank = 0 if proj_down is None else proj_down.shape[1]
@@ -237,12 +251,12 @@ def smooth_and_rotate(
     if rotate and group_size not in (16, 32, 64, 128, 256):
         raise ValueError(f"{op}: with rotation group_size must be 16, 32, 64, 128 or 256, got {group_size}")
     changed = None
-    if smooth_factor is not None or rotate or padded != k:
+    if smooth_factor is not None or rotate or padded != k or planes > 1:
         changed = x.new_empty(m, padded)
     if not rotate:  # the groups mean nothing then, but for the shape of a tile
         group_size = 16
     if changed is not None or proj_down is not None:
-        modes = dict(TWO_LEVEL=False, ACT_BITS=16, PLANES=False)
+        modes = dict(TWO_LEVEL=False, ACT_BITS=16, PLANES=planes)
         _launch(x, smooth_factor, proj_down, changed, None, lora_act, padded, group_size, rotate, modes)
     return x if changed is None else changed, lora_act
 

@@ -74,61 +74,77 @@ def halves_of_words(words, offset, ASM: tl.constexpr):
     A nibble in the mantissa of 128 (bfloat16) or 1024 (float16) adds to it, exactly: code + 8 + 128. `offset` is what
     brings it back, -(136 + zero point) or -(1032 + zero point), in the type of the result.
     """
-    if ASM:
-        if offset.dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b32 q0, q1, q2, q3, one;
-                mov.b32 one, 0x3F803F80;
-                shr.b32 q1, $4, 4;
-                shr.b32 q2, $4, 8;
-                shr.b32 q3, $4, 12;
-                lop3.b32 q0, $4, 0x000F000F, 0x43084308, 0x6A;  // (word & 0xF) ^ 8, and 128 above it
-                lop3.b32 q1, q1, 0x000F000F, 0x43084308, 0x6A;
-                lop3.b32 q2, q2, 0x000F000F, 0x43084308, 0x6A;
-                lop3.b32 q3, q3, 0x000F000F, 0x43084308, 0x6A;
-                fma.rn.bf16x2 $0, q0, one, $5;
-                fma.rn.bf16x2 $1, q1, one, $5;
-                fma.rn.bf16x2 $2, q2, one, $5;
-                fma.rn.bf16x2 $3, q3, one, $5;
-                }
-                """,
-                "=r,=r,=r,=r,r,r",
-                [words, offset],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=2,
-            )
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 q0, q1, q2, q3;
-            shr.b32 q1, $4, 4;
-            shr.b32 q2, $4, 8;
-            shr.b32 q3, $4, 12;
-            lop3.b32 q0, $4, 0x000F000F, 0x64086408, 0x6A;
-            lop3.b32 q1, q1, 0x000F000F, 0x64086408, 0x6A;
-            lop3.b32 q2, q2, 0x000F000F, 0x64086408, 0x6A;
-            lop3.b32 q3, q3, 0x000F000F, 0x64086408, 0x6A;
-            add.f16x2 $0, q0, $5;
-            add.f16x2 $1, q1, $5;
-            add.f16x2 $2, q2, $5;
-            add.f16x2 $3, q3, $5;
-            }
-            """,
-            "=r,=r,=r,=r,r,r",
-            [words, offset],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    base: tl.constexpr = 136.0 if offset.dtype == tl.bfloat16 else 1032.0
+    if not ASM:
+        q0, q1, q2, q3 = _halves(words, offset)
+    elif offset.dtype == tl.bfloat16:
+        q0, q1, q2, q3 = _bfloat16_halves(words, offset)
+    else:
+        q0, q1, q2, q3 = _float16_halves(words, offset)
+    return q0, q1, q2, q3
+
+
+@triton.jit
+def _bfloat16_halves(words, offset):
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 q0, q1, q2, q3, one;
+        mov.b32 one, 0x3F803F80;
+        shr.b32 q1, $4, 4;
+        shr.b32 q2, $4, 8;
+        shr.b32 q3, $4, 12;
+        lop3.b32 q0, $4, 0x000F000F, 0x43084308, 0x6A;  // (word & 0xF) ^ 8, and 128 above it
+        lop3.b32 q1, q1, 0x000F000F, 0x43084308, 0x6A;
+        lop3.b32 q2, q2, 0x000F000F, 0x43084308, 0x6A;
+        lop3.b32 q3, q3, 0x000F000F, 0x43084308, 0x6A;
+        fma.rn.bf16x2 $0, q0, one, $5;
+        fma.rn.bf16x2 $1, q1, one, $5;
+        fma.rn.bf16x2 $2, q2, one, $5;
+        fma.rn.bf16x2 $3, q3, one, $5;
+        }
+        """,
+        "=r,=r,=r,=r,r,r",
+        [words, offset],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _float16_halves(words, offset):
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 q0, q1, q2, q3;
+        shr.b32 q1, $4, 4;
+        shr.b32 q2, $4, 8;
+        shr.b32 q3, $4, 12;
+        lop3.b32 q0, $4, 0x000F000F, 0x64086408, 0x6A;
+        lop3.b32 q1, q1, 0x000F000F, 0x64086408, 0x6A;
+        lop3.b32 q2, q2, 0x000F000F, 0x64086408, 0x6A;
+        lop3.b32 q3, q3, 0x000F000F, 0x64086408, 0x6A;
+        add.f16x2 $0, q0, $5;
+        add.f16x2 $1, q1, $5;
+        add.f16x2 $2, q2, $5;
+        add.f16x2 $3, q3, $5;
+        }
+        """,
+        "=r,=r,=r,=r,r,r",
+        [words, offset],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _halves(words, offset):
     dtype: tl.constexpr = offset.dtype
-    offset = offset.to(tl.float32) + base  # minus the zero point
+    zero = -offset.to(tl.float32) - (136.0 if dtype == tl.bfloat16 else 1032.0)
     words = words.to(tl.int32)
-    q0 = ((((words & 0xF) ^ 8) - 8).to(tl.float32) + offset).to(dtype)
-    q1 = (((((words >> 4) & 0xF) ^ 8) - 8).to(tl.float32) + offset).to(dtype)
-    q2 = (((((words >> 8) & 0xF) ^ 8) - 8).to(tl.float32) + offset).to(dtype)
-    q3 = (((((words >> 12) & 0xF) ^ 8) - 8).to(tl.float32) + offset).to(dtype)
+    q0 = ((((words & 0xF) ^ 8) - 8).to(tl.float32) - zero).to(dtype)
+    q1 = (((((words >> 4) & 0xF) ^ 8) - 8).to(tl.float32) - zero).to(dtype)
+    q2 = (((((words >> 8) & 0xF) ^ 8) - 8).to(tl.float32) - zero).to(dtype)
+    q3 = (((((words >> 12) & 0xF) ^ 8) - 8).to(tl.float32) - zero).to(dtype)
     return q0, q1, q2, q3

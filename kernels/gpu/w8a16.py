@@ -12,18 +12,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .common import FLOATS, launch, require, target_of, tile_of
+from .epilogue import store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
-
-
-@triton.jit
-def store_tile(acc, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N):
-    """y = acc^T * scale + bias; acc is (BLOCK_N, BLOCK_M)."""
-    mask_n = offs_n < N
-    y = acc * tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & mask_n[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
@@ -68,7 +58,8 @@ def w8a16_kernel(
     if SPLIT_K:
         acc, last = sum_of_shares(acc, workspace_ptr, counter_ptr, tile, split, splits, BLOCK_N, BLOCK_M)
     if last:
-        store_tile(acc, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N)
+        y = acc * tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]
+        store_transposed(y, bias_ptr, y_ptr, offs_m, offs_n, M, N)
 
 
 def config(m: int, k: int, target: GPUTarget) -> dict[str, int]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .common import FLOATS, launch, require, split_dot, target_of, tile_of
+from .epilogue import store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
-from .w8a16 import store_tile
 
 
 @triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
@@ -57,7 +57,8 @@ def w8a32_kernel(
     if SPLIT_K:
         acc, last = sum_of_shares(acc, workspace_ptr, counter_ptr, tile, split, splits, BLOCK_N, BLOCK_M)
     if last:
-        store_tile(acc, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N)
+        y = acc * tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]
+        store_transposed(y, bias_ptr, y_ptr, offs_m, offs_n, M, N)
 
 
 def config(m: int, k: int, target: GPUTarget) -> dict[str, int]:
