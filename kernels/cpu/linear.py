@@ -93,7 +93,7 @@ def w4a16_linear(
 ) -> Tensor:
     """See :func:`qgraft.kernels.reference.w4a16_linear`.
 
-    More than 16 tokens in bfloat16, on a processor that multiplies bfloat16, round the dequantized weight to it.
+    On a processor that multiplies bfloat16, activations of that type have the dequantized weight rounded to it too.
     """
     op, lib = "w4a16_linear", native.library()
     (m, k), n, padded = x.shape, qweight.shape[0], 2 * qweight.shape[1]

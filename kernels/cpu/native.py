@@ -1,4 +1,4 @@
-"""The native CPU kernels: C++ beside this file, compiled once for this machine by its own compiler, and called directly.
+"""The native CPU kernels: C++ beside this file, compiled once for this machine by its own compiler.
 
 The first use compiles (about ten seconds, once for a machine and a version of the source) into the user's cache
 folder, as torch.compile and Triton do for theirs. Where that is impossible (no compiler, no AVX2, not Linux on x86)

@@ -10,6 +10,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdlib>
+#include <type_traits>
 #include "simd.h"
 
 namespace qg {
@@ -75,6 +76,8 @@ constexpr int FEW_TOKENS = 16, ROWS_FEW = 16, ROWS_MANY = 64;
 constexpr int64_t CHUNK_BYTES_FEW = 1024, CHUNK_BYTES_MANY = 4096;
 // Tokens of a panel: their sums with ROWS_MANY rows stay in the second-level cache.
 constexpr int64_t PANEL_TOKENS = 516;
+// From here on a panel's activations have left the cache when the next rows of the weight come.
+constexpr int64_t FETCH_TOKENS = 300;
 // Fewer multiplications than this are not worth waking a thread for.
 constexpr int64_t PARALLEL_WORK = 1 << 18;
 
@@ -107,6 +110,9 @@ struct Unpacked {
   typename T::B* row(int r) const { return data + r / TILE_N * TILE_N * length + r % TILE_N * STEP; }
 };
 
+template <int N>
+using Count = std::integral_constant<int, N>;
+
 template <class T, int M>
 inline void tile(const typename T::A* a, int64_t lda, const typename T::B* b, int64_t k, typename T::Sum* sums,
                  int64_t lds) {
@@ -131,25 +137,51 @@ inline void tiles(const typename T::A* a, int64_t lda, const Unpacked<T>& weight
   for (int n = 0; n < rows; n += TILE_N) tile<T, M>(a, lda, weight.row(n), weight.length, sums + n, lds);
 }
 
+// The same, while the next tokens are fetched, a share with every tile: for panels too large for the caches.
+template <class T, int M>
+inline void tiles_fetching(const typename T::A* a, int64_t lda, const Unpacked<T>& weight, typename T::Sum* sums,
+                           int64_t lds, int rows) {
+  constexpr int64_t LINE = 64 / sizeof(typename T::A);
+  const int64_t share = (weight.length / LINE * TILE_N + rows - 1) / rows * LINE;
+  for (int n = 0; n < rows; n += TILE_N) {
+    const int64_t from = n / TILE_N * share, to = std::min(from + share, weight.length);
+    for (int m = M; m < 2 * M; m++)
+      for (int64_t i = from; i < to; i += LINE) prefetch(a + m * lda + i);
+    tile<T, M>(a, lda, weight.row(n), weight.length, sums + n, lds);
+  }
+}
+
 template <class T>
-inline void tiles_of_rest(const typename T::A* a, int64_t lda, const Unpacked<T>& weight, typename T::Sum* sums,
-                          int64_t lds, int rows, int64_t m) {
-  switch (m) {
-    case 1: return tiles<T, 1>(a, lda, weight, sums, lds, rows);
+inline void tiles_of_panel(const typename T::A* a, int64_t lda, const Unpacked<T>& weight, typename T::Sum* sums,
+                           int64_t lds, int rows, int64_t tokens) {
+  int64_t m = 0;
+  const auto rest = [&](auto count) {
+    tiles<T, decltype(count)::value>(a + m * lda, lda, weight, sums + m * lds, lds, rows);
+  };
+  for (; m + TILE_M <= tokens; m += TILE_M) {
+    if (tokens >= FETCH_TOKENS) tiles_fetching<T, TILE_M>(a + m * lda, lda, weight, sums + m * lds, lds, rows);
+    else rest(Count<TILE_M>());
+  }
+  switch (tokens - m) {
+    case 1: return rest(Count<1>());
 #if QG_AVX512
-    case 2: return tiles<T, 2>(a, lda, weight, sums, lds, rows);
-    case 3: return tiles<T, 3>(a, lda, weight, sums, lds, rows);
-    case 4: return tiles<T, 4>(a, lda, weight, sums, lds, rows);
-    case 5: return tiles<T, 5>(a, lda, weight, sums, lds, rows);
+    case 2: return rest(Count<2>());
+    case 3: return rest(Count<3>());
+    case 4: return rest(Count<4>());
+    case 5: return rest(Count<5>());
 #endif
   }
 }
 
 // A layer is what `gemm` asks of it:
-//   unpack(row, rows, k, out, block)               rows [row, row + rows) of the weight, features [k, k + out.length),
-//                                                  as T::B; `length` is whole vectors, past the end come zeros
-//   finish(m, tokens, row, rows, sums, ld, block)  sums -> outputs
-// `block` is scratch_bytes() of memory, and what a layer wants to remember from one chunk of the same rows to the next. Returns 0, or 1 when there is no memory.
+//   Block                       what it remembers from one chunk of the same rows to the next; begins with a pointer to
+//                               scratch_bytes() of memory
+//   unpack(row, rows, k, to, block)
+//                               rows [row, row + rows) of the weight, features [k, k + to.length), as T::B; `length` is
+//                               whole vectors, and what lies past the end becomes zeros, or meets zeros in A
+//   finish(m, tokens, row, rows, sums, ld, block)
+//                               sums -> outputs
+// Returns 0, or 1 when there is no memory.
 template <class T, class Layer>
 int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, const Layer& layer) {
   const bool few = m <= FEW_TOKENS;
@@ -179,11 +211,7 @@ int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, c
       if (tiled > rows) memset(weight.row(tiled - TILE_N), 0, sizeof(typename T::B) * TILE_N * weight.length);
       layer.unpack(row, rows, start, weight, block);
       const typename T::A* x = a + m0 * lda + start;
-      int64_t done = 0;
-      for (; done + TILE_M <= tokens; done += TILE_M)
-        tiles<T, TILE_M>(x + done * lda, lda, weight, sums + done * rows_max, rows_max, tiled);
-      if (done < tokens)
-        tiles_of_rest<T>(x + done * lda, lda, weight, sums + done * rows_max, rows_max, tiled, tokens - done);
+      tiles_of_panel<T>(x, lda, weight, sums, rows_max, tiled, tokens);
     }
     layer.finish(m0, tokens, row, rows, sums, rows_max, block);
   }

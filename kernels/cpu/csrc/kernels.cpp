@@ -76,9 +76,9 @@ QG_EXPORT int32_t qg_w4a16(const float* x, const float* smooth_factor, const voi
   if (!lora.data || (rank && project_down(x, m, k, down, Type(down_type), rank, lora.data))) return 1;
   const Output out{y, Type(type), n, bias, Type(bias_type), lora.data, up, Type(up_type), rank};
 #if QG_BF16
-  if (type == BFLOAT16 && m > FEW_TOKENS)
-    return w4a16<Bfloat16>(x, smooth_factor, qweight, scale, Type(scale_type), zero_point, out, m, k, padded, group_size,
-                           rotate);
+  if (type == BFLOAT16)
+    return w4a16<Bfloat16>(x, smooth_factor, qweight, scale, Type(scale_type), zero_point, out, m, k, padded,
+                           group_size, rotate);
 #endif
   return w4a16<Float32>(x, smooth_factor, qweight, scale, Type(scale_type), zero_point, out, m, k, padded, group_size,
                         rotate);

@@ -91,6 +91,10 @@ inline void store_int8(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cv
 inline I and_i(I a, I b) { return _mm512_and_si512(a, b); }
 inline I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
 inline I shift_right_16(I a, int n) { return _mm512_srli_epi16(a, n); }
+inline I shift_right_32(I a, int n) { return _mm512_srli_epi32(a, n); }
+inline I widen_uint8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+// One of 16 floats by the lowest four bits of each index; with LANES of 8 they are in two vectors.
+inline F look_up(F low, F, I index) { return _mm512_permutexvar_ps(index, low); }
 inline I shuffle_bytes(I table, I index) { return _mm512_shuffle_epi8(table, index); }
 inline I repeat_lane(__m128i a) { return _mm512_broadcast_i32x4(a); }
 inline Sums madd_16(I a, I b) { return (Sums)_mm512_madd_epi16(a, b); }
@@ -198,6 +202,12 @@ inline void store_int8(int8_t* p, F x) {
 inline I and_i(I a, I b) { return _mm256_and_si256(a, b); }
 inline I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
 inline I shift_right_16(I a, int n) { return _mm256_srli_epi16(a, n); }
+inline I shift_right_32(I a, int n) { return _mm256_srli_epi32(a, n); }
+inline I widen_uint8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline F look_up(F low, F high, I index) {
+  const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 of the index becomes the sign
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
+}
 inline I shuffle_bytes(I table, I index) { return _mm256_shuffle_epi8(table, index); }
 inline I repeat_lane(__m128i a) { return _mm256_broadcastsi128_si256(a); }
 inline Sums madd_16(I a, I b) { return (Sums)_mm256_madd_epi16(a, b); }

@@ -1,7 +1,7 @@
 // W4A16: int4 weights in groups, dequantized on their way to a float product.
 //
-// For a few tokens the product is in float32, and the weight exact. For many, where the machine multiplies bfloat16,
-// each dequantized weight is rounded to bfloat16 like the activations: 2^-9 of it, where int4 has left 10 %.
+// The product is in float32 and the weight exact, but for bfloat16 activations on a machine that multiplies bfloat16:
+// there each dequantized weight is rounded to it like the activations, by 2^-9 at most, where int4 has left 10 %.
 #pragma once
 #include "activations.h"
 
@@ -9,6 +9,50 @@ namespace qg {
 
 // 32 neighbouring features are 16 packed bytes: their even features come first, then the odd ones, as the nibbles do.
 constexpr int64_t UNIT = 32;
+
+inline float float_at(const void* p, Type type, int64_t index) {
+  if (type == FLOAT32) return ((const float*)p)[index];
+  return type == BFLOAT16 ? float_of(((const bf16*)p)[index]) : _cvtsh_ss(((const uint16_t*)p)[index]);
+}
+
+alignas(64) constexpr float CODES[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+
+// What the 16 codes of a group stand for; a register holds it, and looking up is one instruction.
+template <class T>
+struct Table;
+
+template <>
+struct Table<Float32> {
+  F low, high;  // with 8 lanes the table takes two registers
+  Table(float step, int zero) {
+    low = mul(sub(load_f(CODES), set_f(float(zero))), set_f(step));
+    high = LANES == 16 ? low : mul(sub(load_f(CODES + 16 - LANES), set_f(float(zero))), set_f(step));
+  }
+  float* look_up(const uint8_t* packed, float* at) const {
+    for (int shift = 0; shift <= 4; shift += 4)
+      for (int i = 0; i < 16; i += LANES, at += Unpacked<Float32>::NEXT) {
+        const I codes = shift_right_32(widen_uint8(packed + i), shift);
+        store_f(at, qg::look_up(low, high, codes));
+      }
+    return at;
+  }
+};
+
+#if QG_BF16
+template <>
+struct Table<Bfloat16> {
+  __m256i values;
+  Table(float step, int zero) {
+    values = (__m256i)_mm512_cvtneps_pbh(mul(sub(load_f(CODES), set_f(float(zero))), set_f(step)));
+  }
+  bf16* look_up(const uint8_t* packed, bf16* at) const {
+    const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)packed));
+    _mm256_storeu_si256((__m256i*)at, _mm256_permutexvar_epi16(codes, values));  // by the lowest four bits
+    _mm256_storeu_si256((__m256i*)(at + 16), _mm256_permutexvar_epi16(_mm256_srli_epi16(codes, 4), values));
+    return at + Unpacked<Bfloat16>::NEXT;
+  }
+};
+#endif
 
 template <class T>
 struct W4A16 {
@@ -34,39 +78,11 @@ struct W4A16 {
       for (int64_t unit = 0; unit < units;) {
         const int64_t group = (start + unit * UNIT) / group_size, index = (row + r) * groups + group;
         const int64_t stop = std::min(units, ((group + 1) * group_size - start) / UNIT);
-        const F step = set_f(scalar(scale, scale_type, index)), zero = set_f(8 + (zero_point ? zero_point[index] : 0));
-        for (; unit < stop; unit++) at = put_unit(at, packed + unit * UNIT / 2, step, zero);
+        const Table<T> table(float_at(scale, scale_type, index), zero_point ? zero_point[index] : 0);
+        for (; unit < stop; unit++) at = table.look_up(packed + unit * UNIT / 2, at);
       }
     }
   }
-
-  static float scalar(const void* p, Type type, int64_t index) {
-    float all[LANES];
-    store_f(all, load_some(p, type, index, 1));
-    return all[0];
-  }
-
-  static typename T::B* put_unit(typename T::B* at, const uint8_t* packed, F step, F zero) {
-    const __m128i bytes = _mm_loadu_si128((const __m128i*)packed), mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-    alignas(16) int8_t codes[2][16];  // plus 8, to have no sign: the even ones, the odd ones
-    _mm_store_si128((__m128i*)codes[0], _mm_xor_si128(_mm_and_si128(bytes, mask), eight));
-    _mm_store_si128((__m128i*)codes[1], _mm_xor_si128(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), eight));
-    F value[UNIT / LANES];
-    for (int i = 0; i < UNIT / LANES; i++)
-      value[i] = mul(sub(float_of_int8(codes[0] + i * LANES), zero), step);
-    return put(at, value);
-  }
-
-  static float* put(float* at, const F* value) {
-    for (int i = 0; i < UNIT / LANES; i++, at += Unpacked<T>::NEXT) store_f(at, value[i]);
-    return at;
-  }
-#if QG_BF16
-  static bf16* put(bf16* at, const F* value) {
-    store_i(at, pack_bf16(value[0], value[1]));
-    return at + Unpacked<T>::NEXT;
-  }
-#endif
 
   void finish(int64_t m0, int64_t tokens, int64_t row, int rows, const float* sums, int64_t ld, Block& block) const {
     out.write(m0, tokens, row, rows, block.scratch,

@@ -1,0 +1,332 @@
+"""The native CPU kernels, compiled for every instruction set that this machine has, against the reference."""
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from qgraft.kernels import ops, reference
+from qgraft.kernels.cpu import native
+from qgraft.kernels.packing import pack_int4
+
+# Options that take instructions away, so that one machine stands for older ones.
+VARIANTS = {
+    "native": (),
+    "no-bf16": ("-mno-avx512bf16",),
+    "no-vnni": ("-mno-avx512vnni", "-mno-avx512bf16"),
+    "avx2": ("-mno-avx512f",),
+    "avx2-no-vnni": ("-mno-avx512f", "-mno-avxvnni"),
+}
+TOKENS = [1, 3, 16, 17, 70]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Rounding of the output, and room for float32 sums in another order.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def compiled(request):
+    try:
+        return native._load(native.build(VARIANTS[request.param]))
+    except native.Unavailable as why:
+        if "could not compile" in str(why):
+            raise
+        pytest.skip(str(why))
+
+
+@pytest.fixture
+def lib(compiled, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: compiled)
+    return compiled
+
+
+def relative(y, exact):
+    return ((y.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
+
+
+def random_int8(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def random_scale(*shape):
+    return (torch.rand(shape) + 0.1) / 100  # outputs that float16 can hold
+
+
+def with_outliers(m, k, dtype):
+    x = torch.randn(m, k)
+    x[:, torch.randint(0, k, (max(1, k // 50),))] *= 30
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, k", [(33, 77), (70, 1100), (5, 64), (1, 1), (130, 2300)])
+def test_w8_is_exact(lib, n, k, dtype):
+    qweight, scale, bias = random_int8(n, k), random_scale(n), torch.randn(n).to(dtype)
+    op = ops.w8a32_linear if dtype is torch.float32 else ops.w8a16_linear
+    for m in (*TOKENS, 600):
+        x = with_outliers(m, k, dtype)
+        exact = x.double() @ (qweight.double() * scale.double()[:, None]).t() + bias.double()
+        assert relative(op(x, qweight, scale, bias), exact) < TOLERANCE[dtype]
+        assert relative(op(x, qweight, scale, None), exact - bias.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_w8a8_is_the_reference(lib, zero_point, static, dtype):
+    for m in TOKENS:
+        for n, k in [(33, 77), (70, 1100), (130, 2300)]:
+            args = (
+                with_outliers(m, k, dtype),
+                random_int8(n, k),
+                random_scale(n),
+                random_int8(n) if zero_point else None,
+                torch.tensor(0.05) if static else None,
+                torch.tensor(-77, dtype=torch.int8) if static else None,
+                torch.randn(n).to(dtype),
+            )
+            assert relative(ops.w8a8_linear(*args), reference.w8a8_linear(*args)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size, rotate", [(32, True), (64, False), (128, True), ("channel", False)])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_w4a16_is_the_reference(lib, rank, group_size, rotate, dtype):
+    for m in TOKENS:
+        for n, k in [(33, 77), (70, 1100)]:
+            size = -(-k // 32) * 32 if group_size == "channel" else group_size
+            padded = -(-k // size) * size
+            args = (
+                with_outliers(m, k, dtype),
+                torch.randint(0, 256, (n, padded // 2), dtype=torch.uint8),
+                random_scale(n, padded // size).to(dtype),
+                torch.randint(-8, 8, (n, padded // size), dtype=torch.int8) if n == 33 else None,
+                torch.rand(k) + 0.5 if rank else None,
+                torch.randn(k, rank).bfloat16() if rank else None,
+                torch.randn(n, rank).half() if rank else None,
+                torch.randn(n),
+                size,
+                rotate,
+            )
+            # In 16 bit a rotated activation may round to the neighbour of the reference's: the sums were in another order.
+            assert relative(ops.w4a16_linear(*args), reference.w4a16_linear(*args)) < TOLERANCE[dtype]
+
+
+def svdq_args(m, n, k, group_size, rank, act_bits, dtype=torch.float32, rotate=True):
+    padded = -(-k // group_size) * group_size
+    return (
+        with_outliers(m, k, dtype),
+        torch.randint(0, 256, (n, padded // 2), dtype=torch.uint8),
+        random_scale(n),
+        torch.randint(1, 17, (n, padded // group_size), dtype=torch.uint8),
+        torch.rand(k) + 0.5,
+        torch.randn(k, rank).to(torch.bfloat16) if rank else None,
+        torch.randn(n, rank).to(torch.float16) if rank else None,
+        torch.randn(n).to(dtype),
+        group_size,
+        rotate,
+        act_bits,
+    )
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("group_size, rank", [(16, 3), (32, 0), (64, 32), (128, 40), (256, 1)])
+def test_svdq_is_the_reference(lib, group_size, rank, act_bits):
+    for m in TOKENS:
+        for n, k in [(33, 77), (70, 1100)]:
+            args = svdq_args(m, n, k, group_size, rank, act_bits, rotate=False)
+            assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < TOLERANCE[torch.float32]
+            # Rotated, sums in another order put an activation on the other side of a rounding now and then.
+            args = (*args[:-2], True, act_bits)
+            assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_svdq_takes_and_gives_every_float(lib, dtype):
+    args = svdq_args(9, 40, 200, 64, 8, 8, dtype)
+    y = ops.svdq_linear(*args)
+    assert y.dtype is dtype and relative(y, reference.svdq_linear(*args)) < max(2e-3, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("group_size", [16, 64, 256])
+def test_codes_are_those_of_the_reference(lib, group_size, act_bits):
+    x, smooth, down = with_outliers(20, 500, torch.float32), torch.rand(500) + 0.5, torch.randn(500, 37).bfloat16()
+    for rotate in (False, True):
+        args = (x, smooth, down, -(-500 // group_size) * group_size, group_size, rotate, True, act_bits)
+        codes, scale, lora = ops.svdq_quantize(*args)
+        wanted, wanted_scale, wanted_lora = reference.svdq_quantize(*args)
+        different = (codes != wanted).float().mean().item()
+        assert different == 0 if not rotate else different < 1e-3
+        torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
+        torch.testing.assert_close(lora, wanted_lora, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("m", TOKENS)
+def test_the_largest_products_do_not_saturate(lib, m, sign):
+    """Every product as large as it can be, of one sign: `vpmaddubsw` would stop at 32767."""
+    k, n = 1024, 20
+    x = torch.full((m, k), 3.0) * sign
+    y = ops.w8a8_linear(x, torch.full((n, k), -128, dtype=torch.int8), torch.ones(n), None, None, None, None)
+    torch.testing.assert_close(y, torch.full((m, n), -384.0 * k) * sign, rtol=1e-6, atol=0)
+    qweight = pack_int4(torch.full((n, k), -8, dtype=torch.int8))
+    for bits in (4, 8):
+        y = ops.svdq_linear(
+            x, qweight, torch.ones(n), torch.full((n, k // 64), 16, dtype=torch.uint8), None, None, None, None, 64,
+            False, bits,
+        )  # fmt: skip
+        torch.testing.assert_close(y, torch.full((m, n), -384.0 * k) * sign, rtol=1e-6, atol=0)
+
+
+def all_ops(m, n=70, k=640):
+    x, qweight, scale = torch.randn(m, k), random_int8(n, k), random_scale(n)
+    packed, group_scale = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), random_scale(n, k // 64)
+    half, none = x.bfloat16(), (None,) * 4
+    svdq = svdq_args(m, n, k, 64, 32, 4)
+    return {
+        "w8a32": lambda: ops.w8a32_linear(x, qweight, scale, None),
+        "w8a16": lambda: ops.w8a16_linear(half, qweight, scale, None),
+        "w8a8": lambda: ops.w8a8_linear(x, qweight, scale, *none),
+        "w4a16": lambda: ops.w4a16_linear(half, packed, group_scale, None, *none, 64, True),
+        "svdq": lambda: ops.svdq_linear(*svdq),
+    }
+
+
+@pytest.mark.parametrize("m", [1, 5, 40, 600])
+def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads(lib, m):
+    before = torch.get_num_threads()
+    for name, run in all_ops(m).items():
+        first = run()
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(run(), first), name
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_several_threads_of_python_at_once(lib):
+    runs = [run for m in (1, 30) for run in all_ops(m).values()]
+    wanted = [run() for run in runs]
+    wrong = []
+
+    def work():
+        for _ in range(5):
+            wrong.extend(i for i, run in enumerate(runs) if not torch.equal(run(), wanted[i]))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_weights_and_activations_that_begin_anywhere(lib):
+    """Tensors mapped from a file, and views, are aligned to nothing."""
+    n, k = 40, 200
+    held = random_int8(n * k + 7)
+    qweight = held[7:].view(n, k)
+    x = torch.randn(6 * k + 1)[1:].view(6, k)
+    scale = torch.rand(n + 1)[1:]
+    y = ops.w8a32_linear(x, qweight, scale, None)
+    assert relative(y, (x.double() @ qweight.double().t()) * scale) < 1e-6
+    packed = torch.randint(0, 256, (n * 128 + 3,), dtype=torch.uint8)[3:].view(n, 128)
+    args = svdq_args(6, n, 256, 64, 0, 8)
+    args = (args[0], packed, *args[2:])
+    assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < 2e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_spoiled_token_is_seen_and_spoils_no_other(lib, act_bits, bad):
+    args = svdq_args(20, 33, 300, 64, 4, act_bits)
+    clean = ops.svdq_linear(*args)
+    args[0][7, 123] = bad
+    y = ops.svdq_linear(*args)
+    others = torch.arange(20) != 7
+    assert not torch.isfinite(y[7]).any() and torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("change, message", [
+    ((1, torch.zeros(33, 7, dtype=torch.int8)), "qweight must have shape"),
+    ((2, torch.ones(32)), "scale must have shape"),
+    ((2, torch.ones(33).half()), "scale must be float32"),
+    ((3, torch.ones(3)), "bias must have shape"),
+])  # fmt: skip
+def test_operands_that_would_be_read_past_their_end_are_refused(lib, change, message):
+    args = [torch.randn(4, 20), random_int8(33, 20), torch.rand(33), torch.randn(33)]
+    args[change[0]] = change[1]
+    with pytest.raises((ValueError, TypeError), match=message):
+        ops.w8a32_linear(*args)
+
+
+# ---- where there are none -------------------------------------------------------------------------------------------
+
+
+def run_python(code, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+CALL = """
+import torch, qgraft, warnings
+layer = qgraft.SVDQW4A4Linear.from_linear(torch.nn.Linear(128, 64), rank=4)
+a, b = layer(torch.randn(3, 128)), layer(torch.randn(3, 128))
+print(a.isfinite().all().item())
+"""
+
+
+def test_without_a_compiler_one_warning_says_so_and_the_result_is_right(tmp_path):
+    done = run_python(CALL, PATH="/nowhere", QGRAFT_CACHE=str(tmp_path))
+    assert done.stdout.strip() == "True", done.stderr
+    assert done.stderr.count("no native CPU kernels") == 1 and "no C++ compiler" in done.stderr
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: I am broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = run_python(CALL, CXX=str(compiler), QGRAFT_CACHE=str(tmp_path / "cache"))
+    assert done.stdout.strip() == "True" and "I am broken" in done.stderr
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_it_can_be_switched_off_without_a_word(tmp_path):
+    done = run_python(CALL, QGRAFT_NATIVE="0", QGRAFT_CACHE=str(tmp_path))
+    assert done.stdout.strip() == "True" and not done.stderr and not list(tmp_path.iterdir())
+
+
+def test_compiled_once_for_a_source_and_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("QGRAFT_CACHE", str(tmp_path))
+    try:
+        first = native.build()
+    except native.Unavailable as why:
+        pytest.skip(str(why))
+    made = first.stat().st_mtime_ns
+    assert native.build() == first and first.stat().st_mtime_ns == made and len(list(tmp_path.iterdir())) == 1
+    assert native.build(("-DQG_OTHER",)) != first
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("QGRAFT_CACHE", str(tmp_path / "file" / "cache"))
+    assert os.access(native._cache(), os.W_OK)
+
+
+def test_other_systems_are_told_why(monkeypatch):
+    monkeypatch.setattr(native.platform, "machine", lambda: "arm64")
+    with pytest.raises(native.Unavailable, match="x86-64"):
+        native.build()
+
+
+def test_the_sources_travel_with_the_package():
+    assert {path.suffix for path in Path(native.SOURCES).iterdir()} == {".h", ".cpp"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        native.library()
