@@ -4,7 +4,7 @@
     U D  = the best rank-r part of W'
     R    = W' - U D              the residual, which a subclass rounds to int4
 
-A subclass's Scheme has the options rank, group_size, smooth, smooth_alpha, rotate and svd.
+A subclass's Scheme has the options rank, group_size, rotate and svd; one that smooths sets smooth_factor first.
 """
 
 import torch
@@ -12,12 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels import reference
-from .algorithms import smoothing
 from .algorithms.lowrank import low_rank
 from .base import QuantLinear
-from .stats import Stats
 
-ALPHA, ALPHA_BY_WEIGHTS = 0.5, 0.1
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -25,12 +22,12 @@ class Int4Linear(QuantLinear):
     """Kp is in_features rounded up to a multiple of the group size G, R the rank.
 
     qweight        (N, Kp // 2)  uint8, two int4 codes a byte, low nibble first
-    smooth_factor  (K,)          float32, activations are divided by it; none with smooth: none
+    smooth_factor  (K,)          float32, activations are divided by it; none without smoothing
     proj_down      (K, R)        bfloat16 or float16, applied to x as it comes; none with rank 0
     proj_up        (N, R)        likewise
     """
 
-    needs = frozenset({"absmax", "second_moment"})
+    needs = frozenset({"second_moment"})
 
     @property
     def group_size(self) -> int:
@@ -51,24 +48,17 @@ class Int4Linear(QuantLinear):
     def _allocate(self, device: torch.device) -> None:
         n, k, s = self.out_features, self.in_features, self.scheme
         self._buffer("qweight", (n, self.padded_features // 2), torch.uint8, device)
-        self._buffer("smooth_factor", (k,), torch.float32, device, s.smooth != "none")
+        self._buffer("smooth_factor", (k,), torch.float32, device, False)
         self._buffer("proj_down", (k, s.rank), self.half_dtype, device, s.rank > 0)
         self._buffer("proj_up", (n, s.rank), self.half_dtype, device, s.rank > 0)
 
-    def _residual(self, weight: Tensor, stats: Stats | None) -> Tensor:
-        """Fill smooth_factor, proj_down and proj_up from a float weight (N, K); what is left for int4, (N, Kp)."""
+    def _residual(self, weight: Tensor) -> Tensor:
+        """Fill proj_down and proj_up from a float weight (N, K); what is left for int4, (N, Kp) float32."""
         weight = weight.float()
-        if self.scheme.smooth != "none":
-            self.smooth_factor = self._smooth(weight, stats)
+        if self.smooth_factor is not None:
             weight = weight * self.smooth_factor
-        weight = self._to_groups(weight)  # (N, Kp)
+        weight = self._to_groups(weight)
         return self._split_off_branch(weight) if self.scheme.rank else weight
-
-    def _smooth(self, weight: Tensor, stats: Stats | None) -> Tensor:
-        alpha = self.scheme.smooth_alpha
-        if stats is not None and self.scheme.smooth != "weights":
-            return smoothing.smooth_by_activations(weight, stats.absmax, ALPHA if alpha is None else alpha)
-        return smoothing.smooth_by_weights(weight, ALPHA_BY_WEIGHTS if alpha is None else alpha)
 
     def _to_groups(self, rows: Tensor) -> Tensor:
         """Pad the last dimension from K to Kp and rotate it."""

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .algorithms.ranges import Histogram
-
 # Tokens kept as they are, to measure the error of a layer's output on: enough for a stable ratio, little memory.
 SAMPLE_TOKENS = 256
 SAMPLE_TOKENS_PER_BATCH = 64
@@ -16,15 +14,15 @@ SAMPLE_TOKENS_PER_BATCH = 64
 class Stats:
     """Statistics of the inputs of one layer.
 
-    needs: which of "absmax", "second_moment" and "histogram" to collect (a sample of tokens always is).
-    After `update`: tokens, absmax (K,) float32, second_moment (K, K) float32 (the mean of x^T x), histogram of all
-    values together, sample (S, K).
+    needs: which of "absmax", "second_moment" and "range" to collect (a sample of tokens always is).
+    After `update`: tokens, absmax (K,) float32, second_moment (K, K) float32 (the mean of x^T x), range (the least
+    and the greatest of all values), sample (S, K).
     """
 
     needs: frozenset[str] = frozenset({"absmax", "second_moment"})
     tokens: int = 0
     absmax: Tensor | None = None
-    histogram: Histogram | None = None
+    range: tuple[float, float] | None = None
     sample: Tensor | None = None
     _moment_sum: Tensor | None = field(default=None, repr=False)
 
@@ -44,9 +42,10 @@ class Stats:
             if self._moment_sum is None:
                 self._moment_sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self._moment_sum.addmm_(x.t(), x)
-        if "histogram" in self.needs:
-            self.histogram = self.histogram or Histogram()
-            self.histogram.update(x)
+        if "range" in self.needs:
+            low, high = (v.item() for v in torch.aminmax(x))
+            was_low, was_high = self.range or (low, high)
+            self.range = min(was_low, low), max(was_high, high)
         self._keep_some(x)
 
     def _keep_some(self, x: Tensor) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ..kernels import ops, reference
 from ..kernels.packing import pack_int4
-from .algorithms import rounding
+from .algorithms import rounding, smoothing
 from .algorithms.gptq import gptq_int4
 from .base import Scheme, register
 from .int4 import Int4Linear
 from .stats import Stats
 
+ALPHA, ALPHA_BY_WEIGHTS = 0.5, 0.1
 # One product of folded codes is at most 127 * 128, and an int32 holds this many of them.
 MAX_FEATURES = (2**31 - 1) // (127 * 128)
 
@@ -84,12 +85,14 @@ class SVDQW4A4Linear(Int4Linear):
     """
 
     Scheme = SVDQScheme
+    needs = frozenset({"absmax", "second_moment"})
     act_bits = 4
 
     def _allocate(self, device: torch.device) -> None:
         super()._allocate(device)
         n, groups = self.out_features, self.padded_features // self.group_size
         two_level = self.scheme.scales == "two_level"
+        self._buffer("smooth_factor", (self.in_features,), torch.float32, device, self.scheme.smooth != "none")
         self._buffer("scale", (n,) if two_level else (n, groups), torch.float32, device)
         self._buffer("group_scale", (n, groups), torch.uint8, device, two_level)
 
@@ -97,7 +100,9 @@ class SVDQW4A4Linear(Int4Linear):
         s = self.scheme
         if stats is None and s.needs_data():
             raise ValueError(s.needs_data())
-        weight = self._residual(weight, stats)  # (N, Kp)
+        if s.smooth != "none":
+            self.smooth_factor = self._smooth(weight.float(), stats)
+        weight = self._residual(weight)  # (N, Kp)
         if s.scales == "two_level":
             self.scale, self.group_scale = rounding.two_level_scales(weight, s.group_size)
             steps = self.scale[:, None] * self.group_scale
@@ -108,6 +113,12 @@ class SVDQW4A4Linear(Int4Linear):
         else:
             codes = rounding.round_int4(weight, steps.repeat_interleave(s.group_size, 1)).to(torch.int8)
         self.qweight = pack_int4(codes)
+
+    def _smooth(self, weight: Tensor, stats: Stats | None) -> Tensor:
+        alpha = self.scheme.smooth_alpha
+        if stats is not None and self.scheme.smooth != "weights":
+            return smoothing.smooth_by_activations(weight, stats.absmax, ALPHA if alpha is None else alpha)
+        return smoothing.smooth_by_weights(weight, ALPHA_BY_WEIGHTS if alpha is None else alpha)
 
     def _linear(self, x: Tensor) -> Tensor:
         s = self.scheme

@@ -35,8 +35,6 @@ class W4A16Scheme(Scheme):
     rounding: Literal["auto", "gptq", "rtn"] = Field(
         "auto", description="gptq needs calibration data; 'auto': gptq if there is any, else nearest"
     )
-    smooth: Literal["activations", "weights", "none"] = Field("none", description="x")
-    smooth_alpha: float | None = Field(None)
     rank: int = Field(0, ge=0, le=1024, description="rank of a 16-bit low-rank branch; 0: no branch")
     svd: Literal["randomized", "exact"] = Field("randomized", description="solver of the low-rank branch")
 
@@ -87,7 +85,7 @@ class W4A16Linear(Int4Linear):
         if stats is None and self.scheme.needs_data():
             raise ValueError(self.scheme.needs_data())
         g = self.group_size
-        weight = self._residual(weight, stats)  # (N, Kp)
+        weight = self._residual(weight)  # (N, Kp)
         if self.scheme.zero_point:
             steps, self.zero_point = rounding.search_group_ranges(weight, g)
         else:
@@ -110,7 +108,7 @@ class W4A16Linear(Int4Linear):
             self.qweight,
             self.scale,
             self.zero_point,
-            self.smooth_factor,
+            None,
             self.proj_down,
             self.proj_up,
             self.bias,
@@ -124,7 +122,7 @@ class W4A16Linear(Int4Linear):
             self.qweight,
             self.scale,
             self.zero_point,
-            self.smooth_factor,
+            None,
             self.proj_down,
             self.proj_up,
             self.group_size,

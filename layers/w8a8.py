@@ -39,13 +39,13 @@ class W8A8Scheme(Scheme):
 class W8A8StaticScheme(W8A8Scheme):
     """As w8a8, with one scale and one zero point for all activations, from calibration data."""
 
-    act_range: Literal["mse", "percentile", "absmax"] = Field(
+    act_range: Literal["mse", "minmax", "absmax", "percentile"] = Field(
         "mse",
-        description="what the scale covers. mse: the range with the least squared error; percentile: all but the "
-        "extremes; absmax: everything, the same to both sides",
+        description="what the scale covers. mse: the range with the least squared error; minmax: from the least to "
+        "the greatest value; absmax: the same to both sides, zero point 0; percentile: all but the extremes",
     )
     percentile: float = Field(
-        99.99, gt=50, le=100, description="with act_range: percentile, of all values; 100: from least to greatest"
+        99.99, gt=50, le=100, description="of the values of a sample of tokens, with act_range: percentile"
     )
 
     def largest_product(self) -> int:
@@ -97,7 +97,7 @@ class W8A8StaticLinear(W8A8Linear):
     """
 
     Scheme = W8A8StaticScheme
-    needs = frozenset({"histogram"})
+    needs = frozenset({"range"})
 
     def _allocate(self, device: torch.device) -> None:
         super()._allocate(device)
@@ -105,16 +105,20 @@ class W8A8StaticLinear(W8A8Linear):
         self.register_buffer("act_zero_point", torch.zeros((), dtype=torch.int8, device=device))
 
     def quantize(self, weight: Tensor, stats: Stats | None = None) -> None:
-        if stats is None or stats.histogram is None:
+        if stats is None or stats.range is None:
             raise ValueError(self.scheme.needs_data())
         super().quantize(weight)
-        method = self.scheme.act_range
-        if method == "percentile":
-            low, high = ranges.percentile_range(stats.histogram, self.scheme.percentile)
-        else:
-            low, high = {"mse": ranges.mse_range, "absmax": ranges.absmax_range}[method](stats.histogram)
+        low, high = self._range(weight, stats)
         ends = torch.tensor([low, high], dtype=torch.float32, device=weight.device)
-        self.act_scale, self.act_zero_point = scale_of_range(*ends, bits=8, symmetric=method == "absmax")
+        symmetric = self.scheme.act_range == "absmax"
+        self.act_scale, self.act_zero_point = scale_of_range(*ends, bits=8, symmetric=symmetric)
+
+    def _range(self, weight: Tensor, stats: Stats) -> tuple[float, float]:
+        if self.scheme.act_range == "percentile":
+            return ranges.percentile_range(stats.sample, self.scheme.percentile)
+        if self.scheme.act_range == "mse":
+            return ranges.mse_range(stats.sample, weight.float().square().sum(0), *stats.range)
+        return stats.range
 
     def _linear(self, x: Tensor) -> Tensor:
         return ops.w8a8_linear(
