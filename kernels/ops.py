@@ -1,9 +1,10 @@
 """One torch op per scheme: schema, shapes, gradients, autocast, and which backend answers on which device.
 
-``torch.ops.qgraft.{w8a32_linear, w8a16_linear, w8a8_linear, w4a16_linear, svdq_linear, svdq_quantize}``. Declared with
-`torch.library.Library` rather than `custom_op`, which costs 30 microseconds more a call on the host. No layer knows on
-which device it runs: the dispatcher picks `cpu/` for CPU tensors, `gpu/` for CUDA and ROCm ones where Triton is
-installed and there is a kernel, and `reference.py` for any other device (with one warning, because it is slow).
+``torch.ops.qgraft.{w8a32_linear, w8a16_linear, w8a8_linear, w4a16_linear, bitnet_linear, svdq_linear,
+svdq_quantize}``. Declared with `torch.library.Library` rather than `custom_op`, which costs 30 microseconds more a call
+on the host. No layer knows on which device it runs: the dispatcher picks `cpu/` for CPU tensors, `gpu/` for CUDA and
+ROCm ones where Triton is installed and there is a kernel, and `reference.py` for any other device (with one warning,
+because it is slow).
 """
 
 import functools
@@ -33,6 +34,7 @@ _lib.define(
     "w4a16_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? smooth_factor, "
     "Tensor? proj_down, Tensor? proj_up, Tensor? bias, int group_size, bool rotate) -> Tensor"
 )
+_lib.define("bitnet_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
 _lib.define(f"svdq_linear({_SVDQ_ARGS}) -> Tensor")
 _lib.define(
     "svdq_quantize(Tensor x, Tensor? smooth_factor, Tensor? proj_down, int padded, int group_size, "
@@ -43,6 +45,7 @@ w8a32_linear = torch.ops.qgraft.w8a32_linear
 w8a16_linear = torch.ops.qgraft.w8a16_linear
 w8a8_linear = torch.ops.qgraft.w8a8_linear
 w4a16_linear = torch.ops.qgraft.w4a16_linear
+bitnet_linear = torch.ops.qgraft.bitnet_linear
 svdq_linear = torch.ops.qgraft.svdq_linear
 svdq_quantize = torch.ops.qgraft.svdq_quantize
 
@@ -54,7 +57,7 @@ svdq_quantize = torch.ops.qgraft.svdq_quantize
 def _warn_slow(what: str, device: str) -> None:
     warnings.warn(
         f"qgraft: no kernel of {what} for device '{device}', so it runs in plain torch: right, but slow"
-        + (". Install triton to run it on this GPU." if device == "cuda" else "."),
+        + (". Install triton to run it on this GPU." if device == "cuda" and not _HAS_TRITON else "."),
         stacklevel=2,
     )
 
@@ -97,6 +100,7 @@ _register("w8a32_linear", reference.w8_linear, cpu.w8a32_linear, _gpu("w8a32", "
 _register("w8a16_linear", reference.w8_linear, cpu.w8a16_linear, _gpu("w8a16", "w8a16_linear"))
 _register("w8a8_linear", reference.w8a8_linear, cpu.w8a8_linear, _gpu("w8a8", "w8a8_linear"))
 _register("w4a16_linear", reference.w4a16_linear, cpu.w4a16_linear, _gpu("w4a16", "w4a16_linear"))
+_register("bitnet_linear", reference.bitnet_linear, reference.bitnet_linear, None)
 _register("svdq_linear", reference.svdq_linear, cpu.svdq_linear, _gpu("svdq", "svdq_linear"))
 _register("svdq_quantize", reference.svdq_quantize, cpu.svdq_quantize, _gpu("svdq", "svdq_quantize"))
 
@@ -119,7 +123,7 @@ def _fake_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_
     )
 
 
-for _name in ("w8a32_linear", "w8a16_linear", "w8a8_linear", "w4a16_linear", "svdq_linear"):
+for _name in ("w8a32_linear", "w8a16_linear", "w8a8_linear", "w4a16_linear", "bitnet_linear", "svdq_linear"):
     torch.library.register_fake(f"qgraft::{_name}", _fake_linear, lib=_lib)
 torch.library.register_fake("qgraft::svdq_quantize", _fake_quantize, lib=_lib)
 
@@ -190,10 +194,26 @@ def _backward_w4a16(ctx, grad: Tensor):
     return grad_x, None, None, None, None, None, None, _grad_bias(ctx, grad, 7), None, None
 
 
+def _save_bitnet(ctx, inputs, output) -> None:
+    x, qweight, scale, bias = inputs
+    ctx.save_for_backward(qweight, scale)
+    ctx.in_features = x.shape[1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_bitnet(ctx, grad: Tensor):
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        weight = reference.bitnet_dequantize(ctx.in_features, *ctx.saved_tensors)
+        grad_x = (grad.float() @ weight).to(grad.dtype)
+    return grad_x, None, None, _grad_bias(ctx, grad, 3)
+
+
 for _name in ("w8a32_linear", "w8a16_linear"):
     torch.library.register_autograd(f"qgraft::{_name}", _backward_w8, setup_context=_save_w8, lib=_lib)
 torch.library.register_autograd("qgraft::w8a8_linear", _backward_w8a8, setup_context=_save_w8a8, lib=_lib)
 torch.library.register_autograd("qgraft::w4a16_linear", _backward_w4a16, setup_context=_save_w4a16, lib=_lib)
+torch.library.register_autograd("qgraft::bitnet_linear", _backward_bitnet, setup_context=_save_bitnet, lib=_lib)
 torch.library.register_autograd("qgraft::svdq_linear", _backward_svdq, setup_context=_save_svdq, lib=_lib)
 
 
@@ -217,4 +237,5 @@ for _device in ("cpu", "cuda"):
     _autocast("w8a16_linear", _device, torch.get_autocast_dtype)
     _autocast("w8a8_linear", _device, torch.get_autocast_dtype)
     _autocast("w4a16_linear", _device, torch.get_autocast_dtype)
+    _autocast("bitnet_linear", _device, torch.get_autocast_dtype)
     _autocast("svdq_linear", _device, torch.get_autocast_dtype)

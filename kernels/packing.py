@@ -1,12 +1,15 @@
-"""Codes <-> bytes, in the one canonical layout that checkpoints hold: row-major, low nibble first.
+"""Codes <-> bytes, in the one canonical layout that checkpoints hold: row-major, lowest bits first.
 
 Two int4 codes stand in one uint8: byte ``j`` of a row holds code ``2 j`` in its low nibble and code ``2 j + 1``
 in its high nibble, both in two's complement. It is the row-major form that vLLM-Omni and comfy-kitchen use for
-SVDQuant layers. A device that wants another order derives it at load and never saves it.
+SVDQuant layers. Four ternary codes stand in one uint8: byte ``j`` of a row holds codes ``4 j`` to ``4 j + 3``, two
+bits each from the lowest up, stored as code + 1. A device that wants another order derives it at load and
+never saves it.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -26,3 +29,21 @@ def unpack_int4(packed: Tensor) -> Tensor:
     low = (as_int8 << 4) >> 4  # the arithmetic shift back spreads the sign
     high = as_int8 >> 4
     return torch.stack((low, high), dim=-1).flatten(-2)
+
+
+def pack_ternary(codes: Tensor) -> Tensor:
+    """Pack ternary codes four to a byte, each as code + 1 in two bits.
+
+    codes: (..., K) with values -1, 0 and 1, any K >= 1; rows are padded with the code 0 to whole bytes.
+    Returns (..., ceil(K / 4)) uint8. Raises ValueError for any other code.
+    """
+    if codes.numel() and (codes.min() < -1 or codes.max() > 1):
+        raise ValueError(f"ternary codes are -1, 0 and 1, got {codes.min().item()} to {codes.max().item()}")
+    quads = F.pad(codes.to(torch.int8), (0, -codes.shape[-1] % 4)).add_(1).view(torch.uint8).unflatten(-1, (-1, 4))
+    return quads[..., 0] | (quads[..., 1] << 2) | (quads[..., 2] << 4) | (quads[..., 3] << 6)
+
+
+def unpack_ternary(packed: Tensor) -> Tensor:
+    """The inverse of :func:`pack_ternary`, padding included: (..., Kp / 4) uint8 -> (..., Kp) int8 in -1, 0, 1."""
+    quads = torch.stack([(packed >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)
+    return quads.flatten(-2).view(torch.int8) - 1

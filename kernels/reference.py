@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packing import unpack_int4
+from .packing import unpack_int4, unpack_ternary
 
 # A group's integer scale and an int4 code multiply to an int8: 16 * -8 = -128.
 MAX_GROUP_SCALE = 16
@@ -83,6 +83,24 @@ def w8a8_dequantize(qweight: Tensor, scale: Tensor, zero_point: Tensor | None) -
     """The effective weight, (N, K) float32: scale * (code - zero_point)."""
     codes = qweight.float()
     return (codes if zero_point is None else codes - zero_point[:, None]) * scale[:, None]
+
+
+def bitnet_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """y = s_a * scale * sum_k qa code + bias, the integer sum exact.
+
+    x (M, K) float; qweight (N, Kp / 4) uint8, ternary codes as :func:`.packing.pack_ternary` makes them, Kp = K
+    rounded up to a multiple of 4; scale (N,) float32; bias (N,) or None. The codes qa of x and their scale s_a are
+    those of :func:`w8a8_quantize`, one scale a token. Returns (M, N) in x's dtype.
+    """
+    codes, steps = w8a8_quantize(x, None, None)
+    weight = unpack_ternary(qweight)[:, : x.shape[1]]
+    y = (codes.double() @ weight.double().t()) * steps * scale
+    return add_bias(y, bias).to(x.dtype)
+
+
+def bitnet_dequantize(in_features: int, qweight: Tensor, scale: Tensor) -> Tensor:
+    """The effective weight, (N, K) float32."""
+    return unpack_ternary(qweight)[:, :in_features].float() * scale[:, None]
 
 
 def hadamard(n: int, device: torch.device | None = None) -> Tensor:
