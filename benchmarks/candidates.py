@@ -128,7 +128,7 @@ class Candidates:
                 out.append(((m,), in_words(error)))
                 continue
             if seconds > max(SLOW, SLOWER_THAN_FLOAT * base):
-                reason = f"too slow: a call with {m} tokens took {seconds:.1f} s, F.linear {base:.1g} s"
+                reason = f"too slow: a call with {m} tokens took {seconds:.2g} s, F.linear {base:.1g} s"
                 out.append((tuple(rows for rows in self.inputs if rows >= m), reason))
                 break
             candidate.tokens.append(m)

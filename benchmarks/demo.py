@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the sentence encoder only, with little data")
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
-    say = _narrator()
+    say = narrator()
     try:
         models.require()
     except models.MissingModels as error:
@@ -191,7 +191,7 @@ def _loaders(quick: bool) -> list[Callable[[Say], Subject]]:
     return [encoder] if quick else [language, encoder]
 
 
-def _narrator() -> Say:
+def narrator() -> Say:
     """Progress on stderr, with the seconds since the start, which are returned."""
     start = time.perf_counter()
 

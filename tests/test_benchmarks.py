@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qgraft
-from qgraft.benchmarks import candidates, gate, measure, memory, peers, roofline, run, shapes, targets, timing
+from qgraft.benchmarks import candidates, gate, measure, peers, roofline, run, timing
 from qgraft.benchmarks.peers import Compiled, Peer
 from qgraft.layers import SCHEMES, W8A16Linear, W8A32Linear
 
@@ -29,6 +29,10 @@ def short(monkeypatch):
     monkeypatch.setattr(measure, "ROUNDS", (2, 3))
     monkeypatch.setattr(roofline, "measure", lambda device: CEILINGS)
     monkeypatch.setattr(peers, "PEERS", ())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small gain nothing from more, and on a busy machine they wait for each other
+    yield
+    torch.set_num_threads(threads)
 
 
 def results(argv: list[str], file: Path, code: int = 0) -> dict:
@@ -36,22 +40,21 @@ def results(argv: list[str], file: Path, code: int = 0) -> dict:
     return json.loads(file.read_text())
 
 
-def test_every_scheme_is_measured_at_every_shape_and_number_of_tokens(tmp_path, capsys):
+def test_every_scheme_is_measured_with_every_number_of_tokens(tmp_path, capsys):
     file = tmp_path / "new" / "layers.json"
-    data = results(["--shape", "64x128", "--shape", "128x64", "--tokens", "5,1"], file)
+    data = results(["--shape", "64x128", "--tokens", "5,1"], file)
     assert data["command"].startswith("python -m qgraft.benchmarks.run --shape 64x128")
     assert data["machine"]["cpu"] and data["machine"]["cores"] >= 1
     assert data["machine"]["versions"]["torch"] == torch.__version__
     assert data["ceilings"] == CEILINGS and data["not_run"] == []
-    measured = {(row["scheme"], tuple(row["shape"]), row["tokens"]) for row in data["rows"]}
-    names = [*SCHEMES, "F.linear"]
-    assert measured == {(s, shape, m) for s in names for shape in ((64, 128), (128, 64)) for m in (1, 5)}
-    floats = {(*row["shape"], row["tokens"], row["dtype"]): row for row in data["rows"] if row["library"] == "torch"}
+    measured = {(row["scheme"], row["tokens"]) for row in data["rows"]}
+    assert measured == {(scheme, m) for scheme in (*SCHEMES, "F.linear") for m in (1, 5)}
+    floats = {(row["tokens"], row["dtype"]): row for row in data["rows"] if row["library"] == "torch"}
     for row in data["rows"]:
         n, k, m = *row["shape"], row["tokens"]
         assert row["ok"]
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
-        assert row["ratio"] == pytest.approx(floats[n, k, m, row["dtype"]]["median_ms"] / row["median_ms"])
+        assert row["ratio"] == pytest.approx(floats[m, row["dtype"]]["median_ms"] / row["median_ms"])
         width = 4 if row["dtype"] == "float32" else 2
         assert row["bytes_moved"] == row["weight_bytes"] + width * m * (n + k)
         assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["median_ms"] / 1e6)
@@ -63,9 +66,11 @@ def test_every_scheme_is_measured_at_every_shape_and_number_of_tokens(tmp_path, 
     assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines())
 
 
-def test_only_the_named_schemes_are_measured(tmp_path):
-    data = results(["--scheme", "w8a32", "--shape", "32x32", "--tokens", "2"], tmp_path / "layers.json")
-    assert [row["scheme"] for row in data["rows"]] == ["F.linear", "F.linear", "w8a32"]
+def test_only_the_named_schemes_and_shapes_are_measured(tmp_path):
+    argv = ["--scheme", "w8a32", "--shape", "32x32", "--shape", "32x16", "--tokens", "2"]
+    rows = results(argv, tmp_path / "layers.json")["rows"]
+    expected = [(scheme, [32, k]) for k in (32, 16) for scheme in ("F.linear", "F.linear", "w8a32")]
+    assert [(row["scheme"], row["shape"]) for row in rows] == expected
 
 
 def spoil(monkeypatch, how: str) -> None:
@@ -117,7 +122,7 @@ def halved(linear):
 
 
 def slow(linear):
-    linear.register_forward_pre_hook(lambda *_: candidates.time.sleep(0.03))
+    linear.register_forward_pre_hook(lambda *_: candidates.time.sleep(0.4))
     return linear
 
 
@@ -135,7 +140,7 @@ def broken(linear):
 
 
 def test_a_peer_that_is_wrong_slow_broken_or_absent_is_reported_as_that(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(candidates, "SLOW", 0.02)
+    monkeypatch.setattr(candidates, "SLOW", 0.3)
     monkeypatch.setattr(candidates, "SLOWER_THAN_FLOAT", 0)
     everyone = (
         peer("right", lambda linear: linear),
@@ -197,81 +202,6 @@ def test_what_is_compiled_is_compiled_for_each_number_of_tokens_and_each_copy(mo
         assert torch.equal(layer(x), layer.layer(x)) and torch.equal(copy(x), copy.layer(x))
     # Dynamo gives up on a code object that it has compiled too often.
     assert len(compiled) == len({call.__code__ for call in compiled}) == 4
-
-
-# ---- arithmetic -----------------------------------------------------------------------------------------------------
-
-
-def row(scheme: str, tokens: int, ms: float, base: float = 6.0, library: str = "qgraft", **more) -> dict:
-    known = {"library": library, "scheme": scheme, "tokens": tokens, "dtype": "float32", "shape": [4096, 4096]}
-    return {**known, "ok": True, "median_ms": ms, "ratio": base / ms, "error_formula": 1e-4, **more}
-
-
-def test_targets_are_judged_by_the_rows():
-    wrong = {key: value for key, value in row("w8a32", 4, 1.0).items() if key not in ("median_ms", "ratio")}
-    rows = [row("w8a32", 1, 2.0), {**wrong, "ok": False, "error_formula": 0.1}, row("w8a32", 16, 4.0)]
-    verdicts = {(v.target.label, v.tokens): v for v in targets.judge(rows, "cpu")}
-    assert verdicts["W8A32", 1].word == "reached" and verdicts["W8A32", 1].value == 3.0
-    assert verdicts["W8A32", 16].word == "missed" and verdicts["W8A32", 16].limit == 2.5
-    assert verdicts["W8A32", 4].word == "not measured" and verdicts["W8A32", 64].ok is None
-    assert verdicts["W8A32 error", 4].word == "missed" and verdicts["W8A32 error", 1].word == "reached"
-    assert verdicts["never slower", 1].ok and ("W8A16", 1) not in verdicts
-    slow = targets.judge([row("w8a32", 1, 7.0, shape=[64, 64])], "cpu")
-    assert [(v.target.label, v.ok) for v in slow] == [("never slower", False)]
-
-
-def test_gpu_targets_compare_with_other_rows():
-    big = {"dtype": "bfloat16", "shape": [8192, 8192], "roof_share": 0.9, "host_us": 20.0}
-    rows = [row("w8a16", 1, 1.0, **big), row("F.linear", 1, 2.0, library="torch", **big),
-            row("A16W8", 1, 1.05, library="gemlite", **big)]  # fmt: skip
-    words = {v.target.measure: v.word for v in targets.judge(rows, "cuda") if v.tokens == 1}
-    assert words["roof_share"] == words["bfloat16"] == "reached"
-    assert words["gemlite W8"] == words["host_us"] == "missed"
-    assert "gemlite W4" not in words
-
-
-def test_the_roof_is_memory_for_few_tokens_and_arithmetic_for_many():
-    # 10 GB/s read: 1 GB takes 0.1 s. 0.1 TFLOP/s: 10^11 operations take 1 s; int8 does them in 0.2 s.
-    assert roofline.share(CEILINGS, "float32", 10**9, 10**9, 0.2) == pytest.approx(0.5)
-    assert roofline.share(CEILINGS, "float32", 10**9, 10**11, 2.0) == pytest.approx(0.5)
-    assert roofline.share(CEILINGS, roofline.compute_type("w4a4_svd", "float32"), 1, 10**11, 0.2) == pytest.approx(1.0)
-    assert roofline.share(CEILINGS, "float16", 1, 1, 1.0) is None
-
-
-def test_the_ceilings_are_measured(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(roofline, "SECONDS", 0.01)
-    monkeypatch.setattr(roofline, "COPY_BYTES", 8 << 20)
-    monkeypatch.setattr(roofline, "SIDES", {"cpu": (64,)})
-    found = roofline.measure("cpu")
-    assert found["copy_gb_per_s"] > 0 and found["read_gb_per_s"] > 0
-    assert {"float32", "bfloat16"} <= set(found["matmul_tflops"]) and min(found["matmul_tflops"].values()) > 0
-
-
-def test_memory_that_a_library_hides_is_counted():
-    class State:
-        def __init__(self):
-            self.packed, self.same = torch.zeros(1000), None
-
-    layer = nn.Linear(10, 10, bias=False)
-    layer.state = State()
-    layer.state.same = [layer.state.packed[10:], layer.weight]
-    assert memory.tensor_bytes(layer) == 4000 + 400
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux")
-def test_scratch_space_and_what_stays_are_seen():
-    size = 64 << 20
-    assert 0.9 * size < memory.peak_of(lambda: torch.ones(size // 4).sum(), "cpu") < 1.5 * size
-    kept, grown = memory.held_by(lambda: torch.ones(size // 4), "cpu")
-    assert 0.9 * kept.nbytes < grown < 1.5 * size
-
-
-def test_shapes_have_names():
-    assert shapes.parse("4096X64") == ((4096, 64),)
-    assert (12288, 3072) in shapes.parse("flux") and (8192, 8192) in shapes.parse("squares")
-    with pytest.raises(ValueError, match="llama-8b"):
-        shapes.parse("llama")
 
 
 # ---- the gate -------------------------------------------------------------------------------------------------------
