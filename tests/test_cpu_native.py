@@ -112,7 +112,7 @@ def test_w4a16_is_the_reference(lib, rank, group_size, rotate, dtype):
                 size,
                 rotate,
             )
-            # In 16 bit a rotated activation may round to the neighbour of the reference's: the sums were in another order.
+            # A rotated activation may round to the neighbour of the reference's: its sums were in another order.
             assert relative(ops.w4a16_linear(*args), reference.w4a16_linear(*args)) < TOLERANCE[dtype]
 
 
@@ -143,6 +143,15 @@ def test_svdq_is_the_reference(lib, group_size, rank, act_bits):
             # Rotated, sums in another order put an activation on the other side of a rounding now and then.
             args = (*args[:-2], True, act_bits)
             assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < 2e-3
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("group_size", [16, 32, 128])
+def test_svdq_with_float_scales_is_the_reference(lib, group_size, act_bits):
+    for m in TOKENS:
+        args = list(svdq_args(m, 33, 300, group_size, 6, act_bits, rotate=False))
+        args[2:4] = random_scale(33, args[3].shape[1]), None
+        assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -97,12 +97,25 @@ inline float quantize_token(const float* x, int64_t padded, int64_t group_size, 
   return used;
 }
 
-// Codes in the order of features -> as `Integer` multiplies them with int4 weights: of every 2 * BYTES features first
-// the even ones, then the odd ones, because that is how the nibbles of packed bytes come apart.
-inline void to_planes(const int8_t* codes, int64_t count, Integer::A* out) {
+// Rounded to codes with a float scale per group (4 bits) or per token (8 bits), and back, in place.
+inline void round_groups(float* x, int64_t padded, int64_t group_size, int bits, int8_t* codes) {
+  const int64_t size = bits == 8 ? padded : group_size;
+  const float limit = bits == 8 ? MAX_INT8 : MAX_INT4;
+  for (int64_t g = 0; g < padded; g += size) {
+    const float scale = absmax(x + g, size) / limit, used = scale < TINY ? TINY : scale;
+    round_to(x + g, size, used, limit, 1, codes);
+    for (int64_t i = 0; i < size; i += LANES) store_f(x + g + i, mul(float_of_int8(codes + i), set_f(used)));
+  }
+}
+
+// Codes in the order of features -> as `Grouped` multiplies them with int4 weights: of every 2 * BYTES features first
+// the even ones, then the odd ones, because that is how the nibbles of packed bytes come apart; and offset by 128.
+inline void to_planes(const int8_t* codes, int64_t count, uint8_t* out) {
+  static_assert(Grouped::OFFSET == 128, "a flipped sign bit");
   for (int64_t i = 0; i < count; i += 2 * BYTES) {
     const I first = load_i(codes + i), second = load_i(codes + i + BYTES);
-    out = put_codes(put_codes(out, even_bytes(first, second)), odd_bytes(first, second));
+    store_i(out + i, xor_i(even_bytes(first, second), set_bytes(-128)));
+    store_i(out + i + BYTES, xor_i(odd_bytes(first, second), set_bytes(-128)));
   }
 }
 

@@ -15,16 +15,17 @@
 
 namespace qg {
 
-// Kinds of product: what A and the unpacked weight hold, what sums are, and one vector of each multiplied.
+// Kinds of product. A and B are the types of elements of A and of the unpacked weight, Sum that of sums. A step is STEP
+// features: one load_a and one load_b, B_STEP elements long, and a dot. TILE_M tokens fill the registers.
 struct Float32 {
   using A = float;
   using B = float;
   using Sum = float;
   using Acc = F;
-  using Vec = F;
-  static Vec load(const float* p) { return load_f(p); }
-  static Acc zero() { return zero_f(); }
-  static Acc dot(Acc acc, Vec a, Vec b) { return fma(a, b, acc); }
+  static constexpr int STEP = LANES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3;
+  static F load_a(const float* p) { return load_f(p); }
+  static F load_b(const float* p) { return load_f(p); }
+  static Acc dot(Acc acc, F a, F b) { return fma(a, b, acc); }
 };
 
 #if QG_BF16
@@ -33,45 +34,67 @@ struct Bfloat16 {
   using B = bf16;
   using Sum = float;
   using Acc = F;
-  using Vec = I;
-  static Vec load(const bf16* p) { return load_i(p); }
-  static Acc zero() { return zero_f(); }
-  static Acc dot(Acc acc, Vec a, Vec b) { return dot_bf16(acc, a, b); }
+  static constexpr int STEP = 2 * LANES, B_STEP = STEP, TILE_M = 6;
+  static I load_a(const bf16* p) { return load_i(p); }
+  static I load_b(const bf16* p) { return load_i(p); }
+  static Acc dot(Acc acc, I a, I b) { return dot_bf16(acc, a, b); }
 };
 #endif
 
 #if QG_VNNI
-// Codes of activations are offset by 128 to make them unsigned, as the instruction wants. What that adds to a sum is
-// 128 times the sum of the weight's row, and `finish` takes it off.
+// int8 times int8. Codes of activations are offset by 128 to make them unsigned, as the instruction wants. What that
+// adds to a sum is 128 times the sum of the weight's row, and a layer's `finish` takes it off.
 struct Integer {
   using A = uint8_t;
   using B = int8_t;
   using Sum = int32_t;
   using Acc = Sums;
-  using Vec = I;
-  static constexpr int OFFSET = 128;
-  static Vec load(const void* p) { return load_i(p); }
-  static Acc zero() { return Sums{}; }
-  static Acc dot(Acc acc, Vec a, Vec b) { return dot_bytes(acc, a, b); }
+  static constexpr int STEP = BYTES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, OFFSET = 128;
+  static I load_a(const void* p) { return load_i(p); }
+  static I load_b(const void* p) { return load_i(p); }
+  static Acc dot(Acc acc, I a, I b) { return dot_bytes(acc, a, b); }
 };
+using Grouped = Integer;  // int4 with integers per group multiplies as int8
 #else
+// The same in 16 bits: the 8-bit instruction adds two products in 16 bits, and 2 * 255 * 127 does not fit there.
 struct Integer {
   using A = int16_t;
   using B = int16_t;
   using Sum = int32_t;
   using Acc = Sums;
-  using Vec = I;
-  static constexpr int OFFSET = 0;
-  static Vec load(const void* p) { return load_i(p); }
-  static Acc zero() { return Sums{}; }
-  static Acc dot(Acc acc, Vec a, Vec b) { return acc + madd_16(a, b); }
+  static constexpr int STEP = BYTES / 2, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, OFFSET = 0;
+  static I load_a(const void* p) { return load_i(p); }
+  static I load_b(const void* p) { return load_i(p); }
+  static Acc dot(Acc acc, I a, I b) { return acc + madd_16(a, b); }
+};
+
+// int4 codes with an integer 1..16 per group. 4 * 255 * 8 fits into 16 bits, so here the 8-bit instruction is exact,
+// and the integers multiply its sums. A step of the weight is the codes of even features, of odd ones, and the integer
+// of every four features.
+struct Grouped {
+  using A = uint8_t;
+  using B = int8_t;
+  using Sum = int32_t;
+  using Acc = Sums;
+  static constexpr int STEP = 2 * BYTES, B_STEP = 3 * BYTES, TILE_M = QG_AVX512 ? 4 : 2, OFFSET = 128;
+  struct Codes {
+    I even, odd;
+  };
+  struct Weights {
+    I even, odd, integers;
+  };
+  static Codes load_a(const uint8_t* p) { return {load_i(p), load_i(p + BYTES)}; }
+  static Weights load_b(const int8_t* p) { return {load_i(p), load_i(p + BYTES), load_i(p + 2 * BYTES)}; }
+  static Acc dot(Acc acc, Codes a, Weights b) {
+    return acc + madd_16(add_16(madd_8(a.even, b.even), madd_8(a.odd, b.odd)), b.integers);
+  }
 };
 #endif
 
-// Tiles of the product: as many sums as the registers hold beside one row's vectors.
-constexpr int TILE_M = QG_AVX512 ? 6 : 2, TILE_N = 4;
+// Rows of the weight in a tile of the product.
+constexpr int TILE_N = 4;
 // What is unpacked at a time: rows, and bytes of each. For a few tokens all of it fits the first-level cache; for many,
-// TILE_M rows of A and TILE_N of the weight do, and all of it the second-level cache.
+// a tile's rows do, and all of it the second-level cache.
 constexpr int FEW_TOKENS = 16, ROWS_FEW = 16, ROWS_MANY = 64;
 constexpr int64_t CHUNK_BYTES_FEW = 1024, CHUNK_BYTES_MANY = 4096;
 // Tokens of a panel: their sums with ROWS_MANY rows stay in the second-level cache.
@@ -99,15 +122,16 @@ inline void* scratch(size_t bytes) {
   return buffer.data;
 }
 
-// Where the unpacked weight keeps row r of a block: TILE_N rows stand together, vector by vector, so that a tile reads
-// one stream. The row's next vector comes NEXT elements later.
+// Where the unpacked weight keeps row r of a block: TILE_N rows stand together, step by step, so that a tile reads one
+// stream. The row's next step comes NEXT elements later.
 template <class T>
 struct Unpacked {
-  static constexpr int64_t STEP = BYTES / sizeof(typename T::B), NEXT = TILE_N * STEP;
+  static constexpr int64_t NEXT = TILE_N * T::B_STEP;
   typename T::B* data;
-  int64_t length;               // of a row
+  int64_t length;              // of a row, in features
   int64_t ahead_row, ahead_k;  // how far on in the weight the piece lies that comes next: to be fetched by then
-  typename T::B* row(int r) const { return data + r / TILE_N * TILE_N * length + r % TILE_N * STEP; }
+  static int64_t elements(int64_t features) { return features / T::STEP * T::B_STEP; }
+  typename T::B* row(int r) const { return data + r / TILE_N * TILE_N * elements(length) + r % TILE_N * T::B_STEP; }
 };
 
 template <int N>
@@ -116,18 +140,12 @@ using Count = std::integral_constant<int, N>;
 template <class T, int M>
 inline void tile(const typename T::A* a, int64_t lda, const typename T::B* b, int64_t k, typename T::Sum* sums,
                  int64_t lds) {
-  constexpr int64_t STEP = Unpacked<T>::STEP;
-  typename T::Acc acc[M][TILE_N];
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < TILE_N; n++) acc[m][n] = T::zero();
-  for (int64_t i = 0; i < k; i += STEP) {
-    typename T::Vec w[TILE_N];
-    for (int n = 0; n < TILE_N; n++) w[n] = T::load(b + i * TILE_N + n * STEP);
-    for (int m = 0; m < M; m++) {
-      const typename T::Vec x = T::load(a + m * lda + i);
-      for (int n = 0; n < TILE_N; n++) acc[m][n] = T::dot(acc[m][n], x, w[n]);
+  typename T::Acc acc[M][TILE_N] = {};
+  for (int64_t i = 0; i < k; i += T::STEP, b += Unpacked<T>::NEXT)
+    for (int n = 0; n < TILE_N; n++) {
+      const auto weights = T::load_b(b + n * T::B_STEP);
+      for (int m = 0; m < M; m++) acc[m][n] = T::dot(acc[m][n], T::load_a(a + m * lda + i), weights);
     }
-  }
   for (int m = 0; m < M; m++) add_to(sums + m * lds, sum_of_4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
 }
 
@@ -154,21 +172,22 @@ inline void tiles_fetching(const typename T::A* a, int64_t lda, const Unpacked<T
 template <class T>
 inline void tiles_of_panel(const typename T::A* a, int64_t lda, const Unpacked<T>& weight, typename T::Sum* sums,
                            int64_t lds, int rows, int64_t tokens) {
+  constexpr int FULL = T::TILE_M;
   int64_t m = 0;
   const auto rest = [&](auto count) {
     tiles<T, decltype(count)::value>(a + m * lda, lda, weight, sums + m * lds, lds, rows);
   };
-  for (; m + TILE_M <= tokens; m += TILE_M) {
-    if (tokens >= FETCH_TOKENS) tiles_fetching<T, TILE_M>(a + m * lda, lda, weight, sums + m * lds, lds, rows);
-    else rest(Count<TILE_M>());
+  for (; m + FULL <= tokens; m += FULL) {
+    if (tokens >= FETCH_TOKENS) tiles_fetching<T, FULL>(a + m * lda, lda, weight, sums + m * lds, lds, rows);
+    else rest(Count<FULL>());
   }
   switch (tokens - m) {
     case 1: return rest(Count<1>());
+    case 2: return rest(Count<FULL == 2 ? 1 : 2>());
 #if QG_AVX512
-    case 2: return rest(Count<2>());
     case 3: return rest(Count<3>());
-    case 4: return rest(Count<4>());
-    case 5: return rest(Count<5>());
+    case 4: return rest(Count<FULL == 4 ? 1 : 4>());
+    case 5: return rest(Count<FULL == 4 ? 1 : 5>());
 #endif
   }
 }
@@ -186,7 +205,7 @@ template <class T, class Layer>
 int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, const Layer& layer) {
   const bool few = m <= FEW_TOKENS;
   const int rows_max = few ? ROWS_FEW : ROWS_MANY;
-  const int64_t chunk = (few ? CHUNK_BYTES_FEW : CHUNK_BYTES_MANY) / sizeof(typename T::B);
+  const int64_t chunk = (few ? CHUNK_BYTES_FEW : CHUNK_BYTES_MANY) / sizeof(typename T::A);
   const int64_t blocks = (n + rows_max - 1) / rows_max, panels = (m + PANEL_TOKENS - 1) / PANEL_TOKENS;
   const int64_t panel = (m + panels - 1) / panels;
   int failed = 0;
@@ -195,7 +214,7 @@ int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, c
     const int64_t m0 = task / blocks * panel, tokens = std::min(panel, m - m0);
     const int64_t row = task % blocks * rows_max;
     const int rows = int(std::min<int64_t>(rows_max, n - row)), tiled = (rows + TILE_N - 1) / TILE_N * TILE_N;
-    auto* data = (typename T::B*)scratch<0>(sizeof(typename T::B) * chunk * rows_max);
+    auto* data = (typename T::B*)scratch<0>(sizeof(typename T::B) * Unpacked<T>::elements(chunk) * rows_max);
     auto* sums = (typename T::Sum*)scratch<1>(sizeof(typename T::Sum) * panel * rows_max);
     auto* extra = (float*)scratch<2>(layer.scratch_bytes());
     if (!data || !sums || (!extra && layer.scratch_bytes())) {
@@ -208,7 +227,8 @@ int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, c
     for (int64_t start = 0; start < k; start += chunk) {
       const bool last = start + chunk >= k;
       const Unpacked<T> weight{data, std::min(chunk, k - start), last ? rows_max : 0, last ? -start : chunk};
-      if (tiled > rows) memset(weight.row(tiled - TILE_N), 0, sizeof(typename T::B) * TILE_N * weight.length);
+      if (tiled > rows)
+        memset(weight.row(tiled - TILE_N), 0, sizeof(typename T::B) * TILE_N * Unpacked<T>::elements(weight.length));
       layer.unpack(row, rows, start, weight, block);
       const typename T::A* x = a + m0 * lda + start;
       tiles_of_panel<T>(x, lda, weight, sums, rows_max, tiled, tokens);

@@ -26,7 +26,7 @@ QG_EXPORT int32_t qg_features() { return QG_AVX512 | QG_VNNI << 1 | QG_BF16 << 2
 template <class T>
 static int w8(const typename T::A* x, int64_t ldx, const int8_t* qweight, const float* scale, const Output& out,
               int64_t m, int64_t k) {
-  return gemm<T>(x, ldx, m, out.n, round_up(k, Unpacked<T>::STEP), W8<T>{qweight, scale, k, out});
+  return gemm<T>(x, ldx, m, out.n, round_up(k, T::STEP), W8<T>{qweight, scale, k, out});
 }
 
 // W8A32 and W8A16. Rows of x are whole vectors long (ldx elements, zeros past k), and float32 or, with x_type,
@@ -55,33 +55,29 @@ QG_EXPORT int32_t qg_w8a8(const float* x, const int8_t* qweight, const float* sc
   return gemm<Integer>(codes.data, wide, m, n, wide, layer);
 }
 
-template <class T>
-static int w4a16(const float* x, const float* smooth_factor, const uint8_t* qweight, const void* scale, Type scale_type,
-                 const int8_t* zero_point, const Output& out, int64_t m, int64_t k, int64_t padded, int64_t group_size,
-                 bool rotate) {
-  const Memory<typename T::A> act(m * padded);
-  if (!act.data) return 1;
-  if (prepare_w4a16<T>(x, smooth_factor, m, k, padded, group_size, rotate, out.type, act.data)) return 1;
-  const W4A16<T> layer{qweight, scale, scale_type, zero_point, padded, group_size, out};
-  return gemm<T>(act.data, padded, m, out.n, padded, layer);
-}
-
-// Groups of a multiple of 32 features. Activations are rounded to the type of y.
-QG_EXPORT int32_t qg_w4a16(const float* x, const float* smooth_factor, const void* down, int32_t down_type,
-                           const uint8_t* qweight, const void* scale, int32_t scale_type, const int8_t* zero_point,
-                           const void* up, int32_t up_type, const void* bias, int32_t bias_type, void* y, int32_t type,
-                           int64_t m, int64_t n, int64_t k, int64_t padded, int64_t group_size, int32_t rotate,
-                           int64_t rank) {
+// W4A16, and with act_bits 4 or 8 the layers with an SVD branch whose scales are floats per group. Groups are whole
+// units.
+QG_EXPORT int32_t qg_w4_float(const float* x, const float* smooth_factor, const void* down, int32_t down_type,
+                              const uint8_t* qweight, const void* scale, int32_t scale_type, const int8_t* zero_point,
+                              const void* up, int32_t up_type, const void* bias, int32_t bias_type, void* y,
+                              int32_t type, int64_t m, int64_t n, int64_t k, int64_t padded, int64_t group_size,
+                              int32_t rotate, int32_t act_bits, int64_t rank) {
   const Memory<float> lora(m * rank);
   if (!lora.data || (rank && project_down(x, m, k, down, Type(down_type), rank, lora.data))) return 1;
   const Output out{y, Type(type), n, bias, Type(bias_type), lora.data, up, Type(up_type), rank};
+  const auto run = [&](auto kind) {
+    using T = decltype(kind);
+    const Memory<typename T::A> act(m * padded);
+    const Type rounded = act_bits ? FLOAT32 : out.type;
+    if (!act.data) return 1;
+    if (prepare_w4a16<T>(x, smooth_factor, m, k, padded, group_size, rotate != 0, act_bits, rounded, act.data)) return 1;
+    const W4A16<T> layer{qweight, scale, Type(scale_type), zero_point, padded, group_size, out};
+    return gemm<T>(act.data, padded, m, n, padded, layer);
+  };
 #if QG_BF16
-  if (type == BFLOAT16)
-    return w4a16<Bfloat16>(x, smooth_factor, qweight, scale, Type(scale_type), zero_point, out, m, k, padded,
-                           group_size, rotate);
+  if (type == BFLOAT16 && !act_bits) return run(Bfloat16());
 #endif
-  return w4a16<Float32>(x, smooth_factor, qweight, scale, Type(scale_type), zero_point, out, m, k, padded, group_size,
-                        rotate);
+  return run(Float32());
 }
 
 QG_EXPORT int32_t qg_svdq_quantize(const float* x, const float* smooth_factor, const void* down, int32_t down_type,
@@ -98,7 +94,7 @@ QG_EXPORT int32_t qg_svdq(const float* x, const float* smooth_factor, const void
                           int64_t n, int64_t k, int64_t padded, int64_t group_size, int32_t rotate, int32_t bits,
                           int64_t rank) {
   const int64_t wide = Activations::wide(padded);
-  const Memory<Integer::A> planes(m * wide);
+  const Memory<uint8_t> planes(m * wide);
   const Memory<float> act_scale(m), lora(m * rank);
   if (!planes.data || !act_scale.data || !lora.data) return 1;
   if (rank && project_down(x, m, k, down, Type(down_type), rank, lora.data)) return 1;
@@ -106,5 +102,5 @@ QG_EXPORT int32_t qg_svdq(const float* x, const float* smooth_factor, const void
   if (act.quantize(planes.data, nullptr, act_scale.data)) return 1;
   const Output out{y, Type(type), n, bias, Type(bias_type), lora.data, up, Type(up_type), rank};
   const Svdq layer{qweight, group_scale, scale, act_scale.data, padded, group_size, out};
-  return gemm<Integer>(planes.data, wide, m, n, wide, layer);
+  return gemm<Grouped>(planes.data, wide, m, n, wide, layer);
 }

@@ -97,6 +97,8 @@ inline I widen_uint8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_s
 inline F look_up(F low, F, I index) { return _mm512_permutexvar_ps(index, low); }
 inline I shuffle_bytes(I table, I index) { return _mm512_shuffle_epi8(table, index); }
 inline I repeat_lane(__m128i a) { return _mm512_broadcast_i32x4(a); }
+inline I madd_8(I unsigned_a, I signed_b) { return _mm512_maddubs_epi16(unsigned_a, signed_b); }
+inline I add_16(I a, I b) { return _mm512_add_epi16(a, b); }
 inline Sums madd_16(I a, I b) { return (Sums)_mm512_madd_epi16(a, b); }
 inline I widen_int8(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 // Neighbours at distance 1, 2, 4 and 8 change places: a butterfly's other wing.
@@ -210,6 +212,8 @@ inline F look_up(F low, F high, I index) {
 }
 inline I shuffle_bytes(I table, I index) { return _mm256_shuffle_epi8(table, index); }
 inline I repeat_lane(__m128i a) { return _mm256_broadcastsi128_si256(a); }
+inline I madd_8(I unsigned_a, I signed_b) { return _mm256_maddubs_epi16(unsigned_a, signed_b); }
+inline I add_16(I a, I b) { return _mm256_add_epi16(a, b); }
 inline Sums madd_16(I a, I b) { return (Sums)_mm256_madd_epi16(a, b); }
 inline I widen_int8(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 inline F swap_1(F x) { return _mm256_permute_ps(x, 0xB1); }

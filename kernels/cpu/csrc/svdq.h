@@ -27,7 +27,7 @@ struct Svdq {
   using Block = IntegerBlock;
   size_t scratch_bytes() const { return out.scratch_bytes(); }
 
-  void unpack(int64_t row, int rows, int64_t start, const Unpacked<Integer>& to, Block& block) const {
+  void unpack(int64_t row, int rows, int64_t start, const Unpacked<Grouped>& to, Block& block) const {
     const int64_t inside = std::max<int64_t>(0, std::min(to.length, padded - start)) / 2;  // bytes
     const int shift = __builtin_ctzll(group_size);
     const int64_t groups = padded >> shift, ahead = (to.ahead_row * padded + to.ahead_k) / 2;
@@ -35,7 +35,7 @@ struct Svdq {
       const uint8_t* packed = qweight + ((row + r) * padded + start) / 2;
       const uint8_t* integers = group_scale + (row + r) * groups;
       for (int64_t i = 0; i < inside; i += 64) prefetch(packed + ahead + i);
-      Integer::B* at = to.row(r);
+      Grouped::B* at = to.row(r);
       Sums sum = {};
       for (int64_t i = 0; i < to.length / 2; i += BYTES) {
         I bytes;
@@ -47,35 +47,52 @@ struct Svdq {
           bytes = load_i(rest);
         }
         const I nibble = set_bytes(15), low = and_i(bytes, nibble), high = and_i(shift_right_16(bytes, 4), nibble);
-        I even, odd;
-        fold(integers, shift, start + 2 * i, low, high, even, odd);
-        at = put_int8(put_int8(at, even, sum), odd, sum);
+        at = put(integers, shift, start + 2 * i, low, high, at, sum);
       }
       block.row_sums[r] += total(sum);
     }
   }
 
+#if QG_VNNI
   // Codes times the integers of their groups; the vector begins at `feature`.
-  void fold(const uint8_t* integers, int shift, int64_t feature, I low, I high, I& even, I& odd) const {
+  Grouped::B* put(const uint8_t* integers, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
     const void* tables[BYTES / 16];
     const auto table_of = [&](int64_t at) { return PRODUCTS.of[integers[at < padded ? at >> shift : 0]]; };
     for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane);
     const I table = load_lanes(tables);
-    even = shuffle_bytes(table, low);
-    odd = shuffle_bytes(table, high);
-    if (shift >= 5) return;
-    // Two groups of 16 features in each lane of 16 bytes.
-    for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane + 16);
-    const I second = load_lanes(tables), first_half = repeat_lane(_mm_set_epi64x(0, -1));
-    const I second_half = repeat_lane(_mm_set_epi64x(-1, 0));
-    even = xor_i(and_i(even, first_half), and_i(shuffle_bytes(second, low), second_half));
-    odd = xor_i(and_i(odd, first_half), and_i(shuffle_bytes(second, high), second_half));
+    I even = shuffle_bytes(table, low), odd = shuffle_bytes(table, high);
+    if (shift < 5) {  // two groups of 16 features in each lane of 16 bytes
+      for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane + 16);
+      const I second = load_lanes(tables), first_half = repeat_lane(_mm_set_epi64x(0, -1));
+      const I second_half = repeat_lane(_mm_set_epi64x(-1, 0));
+      even = xor_i(and_i(even, first_half), and_i(shuffle_bytes(second, low), second_half));
+      odd = xor_i(and_i(odd, first_half), and_i(shuffle_bytes(second, high), second_half));
+    }
+    return put_int8(put_int8(at, even, sum), odd, sum);
   }
+#else
+  // Codes, and beside them the integers of their groups; the vector begins at `feature`.
+  Grouped::B* put(const uint8_t* integers, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
+    const I codes = repeat_lane(_mm_load_si128((const __m128i*)PRODUCTS.of[1]));
+    alignas(64) int16_t each[BYTES / 2];  // of four features
+    for (int i = 0; i < BYTES / 2; i += 4) {
+      const int64_t from = feature + 4 * i;  // 16 features, the smallest group
+      const int16_t integer = integers[from < padded ? from >> shift : 0];
+      for (int j = 0; j < 4; j++) each[i + j] = integer;
+    }
+    const Grouped::Weights weights{shuffle_bytes(codes, low), shuffle_bytes(codes, high), load_i(each)};
+    store_i(at, weights.even);
+    store_i(at + BYTES, weights.odd);
+    store_i(at + 2 * BYTES, weights.integers);
+    sum = Grouped::dot(sum, {set_bytes(1), set_bytes(1)}, weights);
+    return at + Unpacked<Grouped>::NEXT;
+  }
+#endif
 
   void finish(int64_t m0, int64_t tokens, int64_t row, int rows, const int32_t* sums, int64_t ld, Block& block) const {
     out.write(m0, tokens, row, rows, block.scratch, [&](int r, int count) {
       const F step = load_some(scale, FLOAT32, row + r, count);
-      const Sums offset = block.offset(r, count, Integer::OFFSET);
+      const Sums offset = block.offset(r, count, Grouped::OFFSET);
       return [=](int64_t m) {
         return mul(mul(to_float(load_sums(sums + m * ld + r) - offset), set_f(act_scale[m0 + m])), step);
       };
@@ -83,7 +100,7 @@ struct Svdq {
   }
 };
 
-// x (M, K) float32 -> codes (M, wide) as `Integer` wants them, act_scale (M,), lora (M, rank).
+// x (M, K) float32 -> codes (M, wide) as `Grouped` wants them, act_scale (M,), lora (M, rank).
 struct Activations {
   const float* x;
   const float* smooth_factor;
@@ -94,7 +111,7 @@ struct Activations {
   static int64_t wide(int64_t padded) { return (padded + 2 * BYTES - 1) / (2 * BYTES) * (2 * BYTES); }
 
   // One of planes (M, wide) and codes (M, padded) is null.
-  int quantize(Integer::A* planes, int8_t* codes, float* act_scale) const {
+  int quantize(uint8_t* planes, int8_t* codes, float* act_scale) const {
     const int64_t width = wide(padded);
     int failed = 0;
 #pragma omp parallel for if (m > 1 && m * k > PARALLEL_WORK / 16)

@@ -17,7 +17,7 @@ struct W8 {
   size_t scratch_bytes() const { return 0; }
 
   void unpack(int64_t row, int rows, int64_t start, const Unpacked<T>& to, Block&) const {
-    constexpr int64_t STEP = Unpacked<T>::STEP, NEXT = Unpacked<T>::NEXT;
+    constexpr int64_t STEP = T::STEP, NEXT = Unpacked<T>::NEXT;
     const int64_t inside = std::min(to.length, k - start), whole = inside / STEP;
     const int64_t ahead = to.ahead_row * k + to.ahead_k;
     for (int r = 0; r < rows; r++) {
