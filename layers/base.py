@@ -121,7 +121,7 @@ class QuantLinear(nn.Module):
         try:
             return cls.Scheme(**options)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(_in_words(e) for e in error.errors())
             raise ValueError(
                 f"{cls.__name__}: {problems} (options: {', '.join(cls.Scheme.model_fields) or 'none'})"
             ) from None
@@ -199,6 +199,12 @@ class QuantLinear(nn.Module):
         options = "".join(f", {name}={value}" for name, value in self.scheme)
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}{options}"
+
+
+def _in_words(error: dict[str, Any]) -> str:
+    if error["type"] == "value_error":  # two options that exclude each other, said by the Scheme itself
+        return str(error["ctx"]["error"])
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
 
 
 def storage_bytes(module: nn.Module) -> int:

@@ -250,6 +250,8 @@ def _in_words(error: dict, cls: type[QuantLinear]) -> str:
         near = suggest(name, known)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"scheme {cls.scheme_name} has no option '{name}'{hint} (options: {', '.join(known) or 'none'})"
+    if error["type"] == "value_error":  # options that exclude each other: the Scheme's own words
+        return str(error["ctx"]["error"])
     return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 

@@ -14,6 +14,9 @@ SCHEMES = {
     "w8a32": "w8a32",
     "w8a16": {"name": "w8a16", "dtype": "float16"},
     "svd": {"name": "w4a4_svd", "rank": 3, "group_size": 16},
+    "w8a8": {"name": "w8a8", "zero_point": True},
+    "w4a16": {"name": "w4a16", "group_size": 32, "zero_point": True, "rank": 3},
+    "w4a8": {"name": "w4a8_svd", "rank": 3, "group_size": 16},
     "groups": {"name": "w4a4_svd", "rank": 0, "scales": "group", "group_size": 32, "smooth": "none"},
 }
 
