@@ -172,7 +172,10 @@ def test_groups_of_zeros_and_of_constants(zero_point):
     "options, message",
     [
         ({"group_size": 48}, "group_size: Input should be 32, 64, 128 or 'channel'"),
-        ({"group_size": "channel"}, "W4A16Linear: group_size: channel has no groups to rotate in; set rotate: false, or group_size: 128"),
+        (
+            {"group_size": "channel"},
+            "W4A16Linear: group_size: channel has no groups to rotate in; set rotate: false, or group_size: 128",
+        ),
         ({"rank": 65}, "rank 65 is more than a 64 x 64 weight has: choose rank <= 64"),
         ({"rank": -1}, "rank: Input should be greater than or equal to 0"),
         ({"rounding": "best"}, "rounding: Input should be 'auto'"),
