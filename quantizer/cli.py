@@ -206,6 +206,33 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(run.main(context.args))
 
 
+@app.command()
+@exit_codes()
+def warmup(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized model.", show_default=False)],
+    tokens: Annotated[
+        str, typer.Option(metavar="M,..", help="Numbers of tokens that a layer will see at once.")
+    ] = "1,16,64,512,2048",
+    tune: Annotated[bool, typer.Option("--tune", help="Try other tiles too, and keep what is faster.")] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Compile the GPU kernels that a quantized model needs.
+
+    Runs one layer of each kind, empty: nobody has to wait for a compiler later. Reads no weights.
+
+    \b
+    Example: qgraft warmup ./w4a16 --tokens 1,512 --tune
+    """
+    where = _device(device)
+    counts = tuple(int(count) if count.strip().isdecimal() else 0 for count in tokens.split(","))
+    if min(counts) < 1:
+        raise typer.BadParameter(f"{tokens}: give numbers such as 1,512", param_hint="'--tokens'")
+    from . import cli_warmup
+
+    cli_warmup.run(folder, counts, tune, where)
+
+
 def _device(text: str | None):
     if text is None:
         return None

@@ -498,3 +498,14 @@ def test_w8a8_takes_the_largest_sums_zeros_infinity_and_nan(kernels):
     with pytest.raises(ValueError, match="at most 65793 input features, got 65794"):
         kernels("w8a8.w8a8_linear", torch.zeros(1, 65794), torch.zeros(1, 65794).to(torch.int8), torch.ones(1), None,
                 *static, None)  # fmt: skip
+
+
+# ---- many tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_many_tokens_are_multiplied_by_torch_with_dequantized_weights(kernels):
+    problem = w8_problem(1024, 37, 2077, torch.float16, torch.float16)
+    assert relative(kernels("w8a16.w8a16_linear", *problem), w8_truth(*problem)) < 1e-3
+    for group_size, rank in ((64, 5), (0, 0)):
+        problem = w4a16_problem(1024, 9, 333, group_size, True, rank, rank > 0, rank > 0, True)
+        assert relative(kernels("w4a16.w4a16_linear", *problem), reference.w4a16_linear(*problem)) < 2e-3

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from . import configs
 from .common import FLOATS, TERMS, has_assembly, launch, require, target_of, tile_of
 from .epilogue import add_low_rank, store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
@@ -182,13 +183,14 @@ def gemm(
     if y.numel() == 0:
         return y
     half, target = padded // 2, target_of(codes)
-    tile = config(m, half, group_size, two_level, out_dtype, target)
+    kind = "svdq_two_level" if two_level else "svdq_groups"
+    tile = configs.tile(kind, codes, m, n, padded, config, m, half, group_size, two_level, out_dtype, target)
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
     splits = splits_for(codes, tiles, half, tile["BLOCK_B"])
     shares = counters = None
     if splits > 1:
-        kind = torch.int32 if two_level else torch.float32
-        shares, counters = workspace(codes, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], kind)
+        sums = torch.int32 if two_level else torch.float32
+        shares, counters = workspace(codes, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], sums)
     launch(
         svdq_gemm_kernel, tiles * splits, codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, y,
         shares, counters, m, n, half, rank, splits,

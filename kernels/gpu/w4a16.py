@@ -13,11 +13,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from . import configs
 from .common import FLOATS, TERMS, has_assembly, has_tensor_memory, launch, require, target_of, tile_of
+from .dequantize import dequantized_int4
 from .epilogue import add_low_rank, store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
 from .svdq_quantize import smooth_and_rotate
 from .unpack import halves_of_words
+
+# Up to FEW tokens x is read as it comes. From MANY on, data-center Blackwell leaves the product to torch, because its
+# tensor cores want the unpacked weight in a memory of their own.
+FEW, MANY = 16, 65
 
 
 @triton.jit
@@ -129,11 +135,11 @@ def w4a16_kernel(
 def config(m: int, words: int, target: GPUTarget) -> dict[str, int]:
     """Tiles for m tokens and rows of so many words; BLOCK_W counts words, four codes each."""
     cuda, hopper = target.backend == "cuda", target.backend == "cuda" and target.arch == 90
-    if m <= 8 and cuda:
+    if m <= FEW // 2 and cuda:
         tile = dict(BLOCK_M=8, BLOCK_N=64, BLOCK_W=128 if target.arch >= 90 else 64, num_warps=4, num_stages=4)
-    elif m <= 16 and hopper:
+    elif m <= FEW and hopper:
         tile = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_W=128, num_warps=4, num_stages=3)
-    elif m <= 16:  # two warps: to four of them the compiler gives instructions that are made for larger tiles
+    elif m <= FEW:  # two warps: to four of them the compiler gives instructions that are made for larger tiles
         tile = dict(BLOCK_M=16, BLOCK_N=32, BLOCK_W=64, num_warps=2, num_stages=4)
     elif has_tensor_memory(target):  # taken apart, a weight would have to go there and back
         tile = dict(BLOCK_M=64, BLOCK_N=32, BLOCK_W=32, num_warps=2, num_stages=3)
@@ -163,9 +169,12 @@ def w4a16_linear(
     rotate: bool,
 ) -> Tensor:
     """See :func:`qgraft.kernels.reference.w4a16_linear`; x is bfloat16 or float16, and scale * (code - zero_point) is
-    rounded to its type, in which tensor cores take it (one scale a row comes after the sum, in float32)."""
+    rounded to its type, in which tensor cores take it (one scale a row comes after the sum, in float32).
+
+    From `configs.matmul_from` tokens on, torch multiplies; the branch is rounded to x's type before it is added then.
+    """
     op = "w4a16_linear"
-    (m, k), (n, half) = x.shape, qweight.shape
+    (m, k), (n, half), dtype = x.shape, qweight.shape, x.dtype
     padded, words = 2 * half, half // 2
     if half % 2 or padded % group_size or (group_size != padded and group_size not in (16, 32, 64, 128, 256)):
         raise ValueError(
@@ -179,20 +188,25 @@ def w4a16_linear(
     scale = require(op, x, "scale", scale, FLOATS, n, padded // group_size)
     zero_point = require(op, x, "zero_point", zero_point, (torch.int8,), n, padded // group_size)
     bias = require(op, x, "bias", bias, FLOATS, n)
-    y = x.new_empty(m, n)
-    if y.numel() == 0:
-        return y
-    planes = 1 if m <= 16 else 4
+    if m * n == 0:
+        return x.new_empty(m, n)
+    target = target_of(x)
+    by_torch = m >= (MANY if has_tensor_memory(target) else configs.matmul_from("w4a16", x))
+    planes = 1 if m <= FEW or by_torch else 4
     x, lora_act = smooth_and_rotate(
         x, smooth_factor, None if proj_up is None else proj_down, padded, group_size, rotate, planes
     )
     rank = lora_act.shape[1]
     proj_up = require(op, x, "proj_up", proj_up, FLOATS, n, rank) if rank else None
     qweight = in_words(qweight, torch.int16)
+    if by_torch:
+        weight = dequantized_int4(qweight, scale, zero_point, group_size, x.dtype).t()
+        y = torch.mm(x, weight) if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+        return y if proj_up is None else y.addmm_(lora_act.to(x.dtype), proj_up.to(x.dtype).t())
     if planes == 1:
         x = in_words(x, torch.int64)
-    target = target_of(x)
-    tile = config(m, words, target)
+    tile = configs.tile("w4a16", x, m, n, padded, config, m, words, target)
+    y = qweight.new_empty(m, n, dtype=dtype)
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
     splits = splits_for(x, tiles, words, tile["BLOCK_W"])
     shares = counters = None

@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from . import configs
 from .common import FLOATS, launch, require, target_of, tile_of
+from .dequantize import dequantized_int8
 from .epilogue import store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
 
@@ -78,17 +80,23 @@ def config(m: int, k: int, target: GPUTarget) -> dict[str, int]:
 
 
 def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """See :func:`qgraft.kernels.reference.w8_linear`; x is bfloat16 or float16."""
+    """See :func:`qgraft.kernels.reference.w8_linear`; x is bfloat16 or float16.
+
+    From `configs.matmul_from` tokens on, scale * code is rounded to x's type and multiplied by torch.
+    """
     op = "w8a16_linear"
     (m, k), n = x.shape, qweight.shape[0]
     x = require(op, x, "x", x, (torch.bfloat16, torch.float16), m, k)
     qweight = require(op, x, "qweight", qweight, (torch.int8,), n, k)
     scale = require(op, x, "scale", scale, (torch.float32,), n)
     bias = require(op, x, "bias", bias, FLOATS, n)
+    if m * n == 0:
+        return x.new_empty(m, n)
+    if m >= configs.matmul_from("w8a16", x):
+        weight = dequantized_int8(qweight, scale, x.dtype).t()
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+    tile = configs.tile("w8a16", x, m, n, k, config, m, k, target_of(x))
     y = x.new_empty(m, n)
-    if y.numel() == 0:
-        return y
-    tile = config(m, k, target_of(x))
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
     splits = splits_for(x, tiles, k, tile["BLOCK_K"])
     shares = counters = None

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from . import configs
 from .common import FLOATS, launch, require, split_dot, target_of, tile_of
 from .epilogue import store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
@@ -87,7 +88,7 @@ def w8a32_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
-    tile = config(m, k, target_of(x))
+    tile = configs.tile("w8a32", x, m, n, k, config, m, k, target_of(x))
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
     splits = splits_for(x, tiles, k, tile["BLOCK_K"])
     shares = counters = None

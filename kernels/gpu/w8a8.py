@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import reference
+from . import configs
 from .common import FLOATS, ROUNDER, launch, require, target_of, tile_of
 from .epilogue import store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
@@ -170,7 +171,7 @@ def w8a8_linear(
         w8a8_quantize_kernel, m, x, act_scale, act_zero_point, codes, steps, sums, k,
         BLOCK_K=block, num_warps=max(1, min(8, block // 512)),
     )  # fmt: skip
-    tile = config(m, k, target_of(x))
+    tile = configs.tile("w8a8", x, m, n, k, config, m, k, target_of(x))
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
     splits = splits_for(x, tiles, k, tile["BLOCK_K"])
     shares = counters = None

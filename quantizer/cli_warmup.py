@@ -1,0 +1,71 @@
+"""`qgraft warmup`: compile the kernels that a model needs before its first user waits for them."""
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..layers import QuantLinear
+from .checkpoint import read_config
+from .cli_output import UsageError, say
+from .loading import _build
+
+
+def run(folder: Path, tokens: tuple[int, ...], tune: bool, device: torch.device | None) -> None:
+    """Run one layer of each kind in the checkpoint, empty, with so many tokens each; its weights are not read."""
+    entries = read_config(folder)["layers"]
+    kinds: dict[str, str] = {}  # what a kernel is compiled for -> a layer of that kind
+    for name, entry in entries.items():
+        kinds.setdefault(repr(sorted(entry.items(), key=lambda item: item[0])), name)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if tune and device.type != "cuda":
+        raise UsageError("tiles are tuned on a CUDA or ROCm device, and there is none here", param_hint="'--tune'")
+    if device.type != "cuda":
+        say(
+            "no CUDA or ROCm device, so no GPU kernel is compiled: Triton does that on the machine where the model "
+            "will run. Each kind of layer runs once on the CPU instead, which compiles what is compiled there."
+        )
+    rows = []
+    with tqdm(total=len(kinds) * len(tokens), desc="warmup", unit="run", disable=not sys.stderr.isatty()) as bar:
+        for name in kinds.values():
+            layer = _empty(_build(folder, name, entries[name]), device)
+            for m in tokens:
+                bar.set_postfix_str(f"{layer.out_features} x {layer.in_features}, {m} tokens")
+                rows += _warm(layer, m, tune, device)
+                bar.update()
+    say(f"ran {len(kinds)} kinds of layers ({len(entries)} in all) with {', '.join(map(str, tokens))} tokens")
+    if tune:
+        _keep(rows, device)
+
+
+def _empty(layer: QuantLinear, device: torch.device) -> QuantLinear:
+    layer = layer.to_empty(device=device)
+    for tensor in layer.state_dict().values():
+        tensor.zero_()
+    return layer.eval()
+
+
+@torch.inference_mode()
+def _warm(layer: QuantLinear, m: int, tune: bool, device: torch.device) -> list[dict]:
+    x = torch.randn(m, layer.in_features, device=device, dtype=layer.dtype)
+    layer(x)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if not tune:
+        return []
+    from ..kernels.gpu import tuning
+
+    return tuning.tune(lambda: layer(x))
+
+
+def _keep(rows: list[dict], device: torch.device) -> None:
+    from ..kernels.gpu import configs, tuning
+
+    name = torch.cuda.get_device_name(device)
+    if rows:
+        tuning.keep(name, rows)
+        gain = max(row["seconds_before"] / row["seconds"] for row in rows)
+        say(f"{len(rows)} tiles are faster than before (by up to {gain:.2f}x) and kept in {configs.cache_file(name)}")
+    else:
+        say("no tile is faster than those in use")
