@@ -12,7 +12,7 @@ import torch
 
 from qgraft.kernels import ops, reference
 from qgraft.kernels.cpu import native
-from qgraft.kernels.packing import pack_int4
+from qgraft.kernels.packing import pack_int4, pack_ternary
 
 # Options that take instructions away, so that one machine stands for older ones.
 VARIANTS = {
@@ -90,6 +90,15 @@ def test_w8a8_is_the_reference(lib, zero_point, static, dtype):
                 torch.randn(n).to(dtype),
             )
             assert relative(ops.w8a8_linear(*args), reference.w8a8_linear(*args)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitnet_is_the_reference(lib, dtype):
+    for m in TOKENS:
+        for n, k in [(33, 77), (70, 1100), (3, 1)]:
+            codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
+            args = (with_outliers(m, k, dtype), pack_ternary(codes), random_scale(n), torch.randn(n))
+            assert relative(ops.bitnet_linear(*args), reference.bitnet_linear(*args)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,7 +33,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_quotations_stand_in_the_source(page):
-    for info, code, line in blocks(page, "python"):
+    for info, code, line in (*blocks(page, "python"), *blocks(page, "cpp")):
         if not info.startswith("file="):
             continue
         source = (ROOT / info.removeprefix("file=")).read_text(encoding="utf-8")

@@ -79,6 +79,23 @@ def w8a8_linear(
     return y.to(x.dtype)
 
 
+def bitnet_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`qgraft.kernels.reference.bitnet_linear`."""
+    op, lib = "bitnet_linear", native.library()
+    (m, k), n = x.shape, qweight.shape[0]
+    if lib is None:
+        return reference.bitnet_linear(x, qweight, scale, bias)
+    qweight = _require(op, "qweight", qweight, (torch.uint8,), n, -(-k // 4))
+    scale = _require(op, "scale", scale, (torch.float32,), n)
+    bias = _bias(op, bias, n)
+    y = _output(x, m, n)
+    if y.numel():
+        act = x.float().contiguous()
+        _call(op, lib.qg_bitnet, act.data_ptr(), qweight.data_ptr(), scale.data_ptr(), *_typed(bias), *_typed(y),
+              m, n, k)  # fmt: skip
+    return y.to(x.dtype)
+
+
 def w4a16_linear(
     x: Tensor,
     qweight: Tensor,

@@ -1,5 +1,6 @@
 // The C face of the native kernels, called by `native.py`. Every function but the first returns 0, or 1 when there is
 // no memory. Tensors are contiguous; types are those of `Type`.
+#include "bitnet.h"
 #include "svdq.h"
 #include "w4a16.h"
 #include "w8.h"
@@ -53,6 +54,16 @@ QG_EXPORT int32_t qg_w8a8(const float* x, const int8_t* qweight, const float* sc
   const Output out{y, Type(type), n, bias, Type(bias_type), nullptr, nullptr, FLOAT32, 0};
   const W8A8 layer{qweight, scale, zero_point, steps.data, sums.data, act_zero_point, k, out};
   return gemm<Integer>(codes.data, wide, m, n, wide, layer);
+}
+
+QG_EXPORT int32_t qg_bitnet(const float* x, const uint8_t* qweight, const float* scale, const void* bias,
+                            int32_t bias_type, void* y, int32_t type, int64_t m, int64_t n, int64_t k) {
+  const int64_t wide = round_up(k, QUAD);
+  const Memory<Integer::A> codes(m * wide);
+  const Memory<float> steps(m);
+  if (!codes.data || !steps.data || quantize_bitnet(x, m, k, wide, codes.data, steps.data)) return 1;
+  const Output out{y, Type(type), n, bias, Type(bias_type), nullptr, nullptr, FLOAT32, 0};
+  return gemm<Integer>(codes.data, wide, m, n, wide, BitNet{qweight, scale, steps.data, (k + 3) / 4, out});
 }
 
 // W4A16, and with act_bits 4 or 8 the layers with an SVD branch whose scales are floats per group. Groups are whole
