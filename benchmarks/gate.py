@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qgraft.kernels import reference
+from qgraft.kernels import ops, reference
 from qgraft.layers import QuantLinear
 
 # Kernel error by type of the output, whose rounding it is for the 16-bit types.
@@ -75,9 +75,13 @@ def _weight_only(layer: QuantLinear, x: Tensor) -> Tensor:
 
 
 def _svdq(layer: QuantLinear, x: Tensor) -> Tensor:
-    """The rounding of activations is part of the formula; the sums are in float64."""
+    """The rounding of activations is part of the formula; the sums are in float64.
+
+    The codes are the backend's own: it adds up the rotation in another order than the reference, which now and then
+    puts a number on the other side of a rounding. Codes that are wrong show against the weights.
+    """
     s = layer.scheme
-    quantized = reference.svdq_quantize(
+    quantized = ops.svdq_quantize(
         x, layer.smooth_factor, layer.proj_down, layer.padded_features, s.group_size, s.rotate,
         layer.group_scale is not None, layer.act_bits,
     )  # fmt: skip
