@@ -60,18 +60,39 @@ def quantizer_args(problem, act_bits, rotate=True):
     return x, smooth_factor, proj_down, padded, group_size, rotate, group_scale is not None, act_bits
 
 
-def operations(dtype_w8=torch.bfloat16):
+def w8a8_problem(m, n, k, dtype, static=True, zeros=True):
+    x, qweight, scale, bias = w8_problem(m, n, k, dtype, dtype)
+    zero_point = torch.randint(-128, 128, (n,), dtype=torch.int8, device="cuda") if zeros else None
+    act_scale = torch.tensor(0.03, device="cuda") if static else None
+    act_zero_point = torch.tensor(-37, dtype=torch.int8, device="cuda") if static else None
+    return x, qweight, scale, zero_point, act_scale, act_zero_point, bias
+
+
+def w4a16_problem(m, n, k, dtype, group_size=64, zeros=True, rank=0, smooth=False, rotate=False):
+    group_size = group_size or -(-k // 32) * 32  # 0: one scale a row
+    groups = -(-k // group_size)
+    qweight = pack_int4(torch.randint(-8, 8, (n, groups * group_size), dtype=torch.int8, device="cuda"))
+    scale = (torch.rand(n, groups, device="cuda") / 50 + 1e-2).to(dtype)
+    zero_point = torch.randint(-8, 8, (n, groups), dtype=torch.int8, device="cuda") if zeros else None
+    smooth_factor = torch.rand(k, device="cuda") + 0.5 if smooth else None
+    down, up = (randn(s, rank, dtype=dtype) / 8 for s in (k, n)) if rank else (None, None)
+    x, bias = randn(m, k, dtype=dtype), randn(n, dtype=dtype)
+    return x, qweight, scale, zero_point, smooth_factor, down, up, bias, group_size, rotate
+
+
+def operations(m=33, n=96, k=128, half=torch.bfloat16):
     """One call of each op, as (op, x, the other arguments)."""
-    w8a32, w8a16 = w8_problem(33, 96, 128, torch.float32, torch.float32), w8_problem(33, 96, 128, dtype_w8, dtype_w8)
-    svdq = (*svdq_problem(33, 96, 128, 64, True, torch.bfloat16), True, 4)
-    return [
-        (ops.w8a32_linear, w8a32[0], w8a32[1:]),
-        (ops.w8a16_linear, w8a16[0], w8a16[1:]),
-        (ops.svdq_linear, svdq[0], svdq[1:]),
+    problems = [
+        (ops.w8a32_linear, w8_problem(m, n, k, torch.float32, torch.float32)),
+        (ops.w8a16_linear, w8_problem(m, n, k, half, half)),
+        (ops.svdq_linear, (*svdq_problem(m, n, k, 64, True, torch.bfloat16), True, 4)),
+        (ops.w8a8_linear, w8a8_problem(m, n, k, torch.bfloat16)),
+        (ops.w4a16_linear, w4a16_problem(m, n, k, torch.bfloat16, 64, True, 32, True, True)),
     ]
+    return [(op, problem[0], problem[1:]) for op, problem in problems]
 
 
-OPS = ["w8a32", "w8a16", "svdq"]
+OPS = ["w8a32", "w8a16", "svdq", "w8a8", "w4a16"]
 
 
 # ---- parity ---------------------------------------------------------------------------------------------------------
@@ -189,6 +210,57 @@ def assert_svdq(problem, act_bits):
     assert relative(y, truth) < EPSILON[x.dtype] * (5 if x.dtype == torch.float32 else 1)
 
 
+@pytest.mark.parametrize("static, zeros", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_w8a8_is_the_product_of_its_codes(m, n, k, static, zeros):
+    for dtype in (torch.bfloat16, torch.float32):
+        problem = w8a8_problem(m, n, k, dtype, static, zeros)
+        assert relative(ops.w8a8_linear(*problem), reference.w8a8_linear(*problem)) < EPSILON[dtype]
+
+
+@pytest.mark.parametrize(
+    "group_size, zeros", [(16, True), (32, False), (64, True), (128, False), (256, True), (0, True)]
+)
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", [*TOKENS, 8])
+def test_w4a16_is_the_product_of_its_weight(m, n, k, group_size, zeros):
+    for dtype in (torch.bfloat16, torch.float16):
+        problem = w4a16_problem(m, n, k, dtype, group_size, zeros)
+        x, qweight, scale, zero_point, *_, bias, group, _ = problem
+        weight = reference.w4_residual(qweight, scale, zero_point, group).double()[:, :k]
+        truth = x.double() @ weight.t() + bias.double()
+        assert relative(ops.w4a16_linear(*problem), truth) < EPSILON[dtype]
+
+
+@pytest.mark.parametrize("m", [1, 17, 1024])
+@pytest.mark.parametrize(
+    "rank, smooth, rotate", [(0, True, True), (5, False, False), (32, True, True), (128, False, True)]
+)
+def test_w4a16_with_each_of_its_parts(m, rank, smooth, rotate):
+    problem = w4a16_problem(m, 300, 1000, torch.bfloat16, 64, True, rank, smooth, rotate)
+    assert relative(ops.w4a16_linear(*problem), reference.w4a16_linear(*problem)) < 2 * EPSILON[torch.bfloat16]
+
+
+def test_packed_unpacking_finds_every_code_in_its_place():
+    """One feature at a time, all codes, all group integers: assembly that mixed up lanes would show here."""
+    codes = torch.arange(-8, 8, dtype=torch.int8, device="cuda").repeat(64, 16)  # (64, 256)
+    codes = torch.stack([row.roll(i) for i, row in enumerate(codes)])
+    x = torch.eye(256, device="cuda", dtype=torch.bfloat16)
+    scale = torch.ones(64, 4, device="cuda", dtype=torch.bfloat16)
+    for m in (8, 16, 64, 256):
+        for start in range(0, 256, m):
+            part = x[start : start + m].contiguous()
+            wanted = codes.float().t()[start : start + m]
+            y = ops.w4a16_linear(part, pack_int4(codes), scale, None, None, None, None, None, 64, False)
+            assert torch.equal(y.float(), wanted)
+            integers = torch.randint(1, 17, (64, 4), dtype=torch.uint8, device="cuda")
+            args = (pack_int4(codes), torch.ones(64, device="cuda"), integers, None, None, None, None, 64, False, 8)
+            y = ops.svdq_linear(part.float(), *args)
+            folded = codes.float() * integers.float().repeat_interleave(64, 1)
+            assert torch.allclose(y, folded.t()[start : start + m], rtol=1e-6, atol=1e-4)
+
+
 def test_svdq_takes_the_largest_sums():
     x = torch.ones(20, 8192, device="cuda")
     qweight = pack_int4(torch.full((70, 8192), -8, dtype=torch.int8, device="cuda"))
@@ -212,13 +284,48 @@ def test_offsets_past_two_gigabytes():
     assert relative(y[-5:], ops.svdq_linear(x[-5:], *few, None, 64, True, 4)) < 3e-3
 
 
-@pytest.mark.parametrize("which", range(3), ids=OPS)
-def test_two_runs_are_equal_to_the_bit(which):
-    op, x, rest = operations()[which]
-    assert torch.equal(op(x, *rest), op(x, *rest))
+@pytest.mark.parametrize("m", [1, 16, 33])
+@pytest.mark.parametrize("which", range(len(OPS)), ids=OPS)
+def test_two_runs_are_equal_to_the_bit(which, m):
+    """Also where many programs share a sum, in whatever order they arrive; and they leave their counters at zero."""
+    op, x, rest = operations(m, 256, 8192)[which]
+    first = op(x, *rest)
+    assert all(torch.equal(op(x, *rest), first) for _ in range(50))
 
 
-@pytest.mark.parametrize("which", range(3), ids=OPS)
+@pytest.mark.parametrize("which", range(len(OPS)), ids=OPS)
+def test_two_streams_do_not_share_a_sum(which):
+    op, x, rest = operations(1, 256, 16384)[which]
+    wanted = op(x, *rest)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(op(x, *rest))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, wanted) for y in results)
+
+
+def test_graphs_that_run_side_by_side_do_not_share_a_sum():
+    op, x, rest = operations(1, 256, 16384)[1]
+    wanted, graphs = op(x, *rest), []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [op(x, *rest) for _ in range(20)]
+        graphs.append((graph, results, torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for graph, _, stream in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, wanted) for _, results, _ in graphs for y in results)
+
+
+@pytest.mark.parametrize("which", range(len(OPS)), ids=OPS)
 def test_empty_and_strided_inputs(which):
     op, x, rest = operations()[which]
     whole = op(x, *rest)
@@ -227,7 +334,7 @@ def test_empty_and_strided_inputs(which):
     assert torch.equal(op(x[::3], *rest), op(x[::3].clone(), *rest))
 
 
-@pytest.mark.parametrize("which", range(3), ids=OPS)
+@pytest.mark.parametrize("which", range(len(OPS)), ids=OPS)
 def test_a_wrong_type_is_an_error_that_says_so(which):
     op, x, rest = operations()[which]
     with pytest.raises(TypeError, match=r"x must be .*, got float64"):
@@ -237,7 +344,7 @@ def test_a_wrong_type_is_an_error_that_says_so(which):
 # ---- with the rest of torch -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", range(3), ids=OPS)
+@pytest.mark.parametrize("which", range(len(OPS)), ids=OPS)
 def test_torch_compile_in_one_graph_for_any_number_of_tokens(which):
     op, _, rest = operations()[which]
 
@@ -251,7 +358,7 @@ def test_torch_compile_in_one_graph_for_any_number_of_tokens(which):
         assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("which", range(3), ids=OPS)
+@pytest.mark.parametrize("which", range(len(OPS)), ids=OPS)
 def test_a_cuda_graph_replays_with_new_numbers(which):
     op, x, rest = operations()[which]
     stream = torch.cuda.Stream()
@@ -269,7 +376,7 @@ def test_a_cuda_graph_replays_with_new_numbers(which):
     assert torch.equal(y, op(fresh, *rest))
 
 
-@pytest.mark.parametrize("which", range(3), ids=OPS)
+@pytest.mark.parametrize("which", range(len(OPS)), ids=OPS)
 def test_the_current_stream_is_used(which):
     op, x, rest = operations()[which]
     wanted = op(x, *rest)
@@ -295,11 +402,16 @@ def test_a_device_that_is_not_the_current_one():
         ops.w8a16_linear(x.to("cuda:1"), qweight, scale, None)
 
 
-@pytest.mark.parametrize("which", range(3), ids=OPS)
+@pytest.mark.parametrize("which", range(len(OPS)), ids=OPS)
 def test_gradients_flow_as_through_the_dequantized_layer(which):
-    op, x, rest = operations(torch.float16)[which]
+    op, x, rest = operations(half=torch.float16)[which]
     if which < 2:
         weight = reference.w8_dequantize(*rest[:2])
+    elif which == 3:
+        weight = reference.w8a8_dequantize(*rest[:3])
+    elif which == 4:
+        *tensors, _, group_size, rotate = rest
+        weight = reference.w4a16_dequantize(x.shape[1], *tensors, group_size, rotate)
     else:
         qweight, scale, group_scale, smooth_factor, proj_down, proj_up, _, group_size, rotate, _ = rest
         weight = reference.svdq_dequantize(
