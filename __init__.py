@@ -6,6 +6,8 @@ model = Quantizer(model).quantize("w4a4_svd")
 
 from . import functional
 from .layers import (
+    BitLinear,
+    BitNetLinear,
     QuantLinear,
     SVDQW4A4Linear,
     SVDQW4A8Linear,
@@ -22,6 +24,8 @@ from .recipes import Recipe, RecipeError, load_recipe, shipped_recipes
 
 __version__ = "0.1.0"
 __all__ = [
+    "BitLinear",
+    "BitNetLinear",
     "Plan",
     "QuantLinear",
     "Quantizer",

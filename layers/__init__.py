@@ -1,6 +1,7 @@
 """What takes the place of an `nn.Linear`. Importing this registers every scheme."""
 
 from .base import SCHEMES, QuantLinear, Scheme, register, storage_bytes
+from .bitlinear import BitLinear, BitNetLinear, BitNetScheme
 from .stats import Stats
 from .svdq import SVDQScheme, SVDQW4A4Linear, SVDQW4A8Linear
 from .w4a16 import W4A16Linear, W4A16Scheme
@@ -10,6 +11,9 @@ from .w8a32 import W8A32Linear, W8A32Scheme
 
 __all__ = [
     "SCHEMES",
+    "BitLinear",
+    "BitNetLinear",
+    "BitNetScheme",
     "QuantLinear",
     "SVDQScheme",
     "SVDQW4A4Linear",

@@ -23,6 +23,10 @@ class Scheme(BaseModel):
         """Why these options cannot do without calibration data, or ""."""
         return ""
 
+    def note(self) -> str:
+        """What the plan should tell of these options before the work begins, or ""."""
+        return ""
+
 
 SCHEMES: dict[str, type["QuantLinear"]] = {}
 

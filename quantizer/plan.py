@@ -318,7 +318,8 @@ def _uncovered(model: nn.Module, untied: set[int]) -> tuple[Uncovered, ...]:
 
 
 def _notes(layers: list[PlannedLayer], uncovered: tuple[Uncovered, ...], total: int) -> tuple[str, ...]:
-    notes = []
+    notes = list(dict.fromkeys(x.scheme.note() for x in layers if x.scheme is not None and not x.already))
+    notes = [note for note in notes if note]
     experts = [u for u in uncovered if u.is_fused_experts]
     if experts:
         share = 100 * sum(u.numel for u in experts) / total
