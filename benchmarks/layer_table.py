@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .targets import MEASURES, Verdict
+from .targets import Verdict
 
 NOTE = (
     "error: relative, in float64, to the layer's own formula / to the float layer. ms: median, and 10th to 90th "
@@ -18,7 +18,7 @@ TITLES = ("layer", "in", "rows", "error", "ms", "p10-p90", "GB/s", "TF/s", "roof
 
 
 def short_type(name: str) -> str:
-    """ "float32" as "fp32", "bfloat16" as "bf16"."""
+    """fp32 for float32, bf16 for bfloat16."""
     return name.replace("bfloat", "bf").replace("float", "fp")
 
 
@@ -65,11 +65,13 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """A line for each target and scheme, a column for each number of tokens: measured / to reach."""
     tokens = sorted({v.tokens for v in verdicts})
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("target", "layer", "in", "measure", *(f"M={m}" for m in tokens))):
-        table.add_column(column, justify="left" if i < 4 else "right", overflow="fold")
+    for i, column in enumerate(("target", "layer", *(f"M={m}" for m in tokens))):
+        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
     lines: dict[tuple, dict[int, Verdict]] = {}
     for v in verdicts:
-        key = (v.target.label, v.scheme, short_type(v.target.dtype), v.target.measure)
+        # "ratio" and "error" need no name beside the label.
+        what = v.target.label if v.target.measure in ("ratio", "error") else f"{v.target.label}, {v.target.measure}"
+        key = (what, f"{v.scheme} {short_type(v.target.dtype)}")
         lines.setdefault(key, {})[v.tokens] = v
     for key, cells in lines.items():
         table.add_row(*key, *(verdict_cell(cells[m]) if m in cells else "" for m in tokens))
@@ -77,10 +79,11 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def verdict_cell(v: Verdict) -> str:
-    """ "2.71 / 2.5 ok"."""
-    sign = {True: "ok", False: "MISS", None: "?"}[v.ok]
-    value = "-" if v.value is None else f"{v.value:.2g}" if MEASURES[v.target.measure].at_most else f"{v.value:.2f}"
-    return f"{value} / {v.limit:g} {sign}"
+    """Such as: ok 2.71/2.5."""
+    sign = {True: "ok", False: "NO", None: "?"}[v.ok]
+    is_error = v.target.measure == "error"
+    value = "-" if v.value is None else f"{v.value:.0e}" if is_error else f"{v.value:.2f}"
+    return f"{sign} {value}/{v.limit:.0e}" if is_error else f"{sign} {value}/{v.limit:g}"
 
 
 def _cells(row: dict[str, Any], eager: bool) -> list[str]:

@@ -95,7 +95,7 @@ def _print_verdicts(verdicts: Sequence[targets.Verdict], console: Console) -> No
     floors = [v for v in verdicts if not v.target.limits]
     aims = [v for v in verdicts if v.target.limits]
     if aims:
-        console.print("\nTargets: measured / to reach")
+        console.print("\nTargets: measured/to reach. NO: missed, ?: not measured.")
         console.print(verdict_table(aims))
     if floors:
         slow = [v for v in floors if not v.ok]

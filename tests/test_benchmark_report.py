@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from qgraft.benchmarks import end_to_end, memory, peers, report, roofline, run, shapes, targets
+from qgraft.benchmarks.layer_table import verdict_cell
 from qgraft.benchmarks.peers import LIMIT_4, LIMIT_8, Peer
-from qgraft.benchmarks.subjects import Speed, Subject
+from qgraft.benchmarks.subjects import Speed, Subjectfrom qgraft.quantizer.tables import to_text
 
 PEAKS = {"float32": 0.1, "bfloat16": 0.2, "int8": 0.5}
 CEILINGS = {"copy_gb_per_s": 8.0, "read_gb_per_s": 10.0, "matmul_tflops": PEAKS}
@@ -31,6 +32,9 @@ def test_targets_are_judged_by_the_rows():
     assert verdicts["never slower", 1].ok and ("W8A16", 1) not in verdicts
     slow = targets.judge([row("w8a32", 1, 7.0, shape=[64, 64])], "cpu")
     assert [(v.target.label, v.ok) for v in slow] == [("never slower", False)]
+    cells = {key: verdict_cell(v) for key, v in verdicts.items()}
+    assert cells["W8A32", 16] == "NO 1.50/2.5" and cells["W8A32", 4] == "? -/3"
+    assert cells["W8A32 error", 1] == "ok 1e-04/5e-04"
 
 
 def test_gpu_targets_compare_with_other_rows():
@@ -165,6 +169,8 @@ def test_whole_models_take_turns_and_none_is_lost():
     reasons = {(item["scheme"], item["dtype"]): item["reason"] for item in data["not_run"]}
     assert reasons["no", "float32"] == "RuntimeError: not on this CPU"
     assert "not installed" in reasons["int8", "bfloat16"] and len(reasons) == 4
+    text = to_text(end_to_end.table(data))
+    assert "32.0 (2.00x)" in text and "WRONG" in text and "numpy mad" in text
 
 
 @pytest.mark.parametrize(("limit", "head"), [(LIMIT_8, Theirs), (LIMIT_4, nn.Linear)])
