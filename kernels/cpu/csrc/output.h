@@ -26,12 +26,14 @@ struct Output {
       const int count = std::min(LANES, rows - r);
       const F shift = bias ? load_some(bias, bias_type, row + r, count) : zero_f();
       const auto value_of = values_of(r, count);
-      if (rank) turn_up(row + r, count, scratch);
+      const bool turned = rank && tokens > AT_ONCE;
+      if (turned) turn_up(row + r, count, scratch);
       for (int64_t m = 0; m < tokens; m += AT_ONCE) {
         const int here = int(std::min<int64_t>(AT_ONCE, tokens - m));
         F value[AT_ONCE];
         for (int t = 0; t < AT_ONCE; t++) value[t] = value_of(m + std::min(t, here - 1));
-        if (rank) add_branch(m0 + m, here, scratch, value);
+        if (turned) add_branch(m0 + m, here, scratch, value);
+        else if (rank) add_branch_by_rows(m0 + m, here, row + r, count, value);
         for (int t = 0; t < here; t++) {
           const int64_t at = (m0 + m + t) * n + row + r;
           if (count == LANES) store(y, type, at, add(value[t], shift));
@@ -52,6 +54,26 @@ struct Output {
         store_f(values, some == LANES ? load(up, up_type, at) : load_some(up, up_type, at, some));
         for (int j = 0; j < some; j++) turned[(q + j) * LANES + i] = values[j];
       }
+  }
+
+  // For so few tokens turning costs more than adding up along the rank.
+  void add_branch_by_rows(int64_t token, int here, int64_t row, int count, F* value) const {
+    const auto piece = [](const void* p, Type of, int64_t at, int64_t left) {
+      return left >= LANES ? load(p, of, at) : load_some(p, of, at, int(left));
+    };
+    for (int t = 0; t < here; t++) {
+      alignas(64) float sums[LANES] = {};
+      for (int i = 0; i < count; i += 4) {
+        F acc[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
+        for (int64_t q = 0; q < rank; q += LANES) {
+          const F act = piece(lora, FLOAT32, (token + t) * rank + q, rank - q);
+          for (int j = 0; j < 4; j++)
+            acc[j] = fma(piece(up, up_type, (row + std::min(i + j, count - 1)) * rank + q, rank - q), act, acc[j]);
+        }
+        _mm_storeu_ps(sums + i, sum_of_4(acc[0], acc[1], acc[2], acc[3]));
+      }
+      value[t] = add(value[t], load_f(sums));
+    }
   }
 
   void add_branch(int64_t token, int here, const float* turned, F* value) const {

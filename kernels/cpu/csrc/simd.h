@@ -258,6 +258,17 @@ inline I load_lanes(const void* const lanes[]) {
 #endif
 }
 
+// The same 16 bytes in every lane, or in a vector of four lanes one table for each half.
+inline I load_halves(const void* first, const void* second) {
+#if QG_AVX512
+  const __m512i out = _mm512_castsi256_si512(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)first)));
+  return _mm512_inserti64x4(out, _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)second)), 1);
+#else
+  (void)second;
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)first));
+#endif
+}
+
 inline void add_to(float* p, __m128 x) { _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), x)); }
 inline void add_to(int32_t* p, __m128i x) {
   _mm_storeu_si128((__m128i*)p, _mm_add_epi32(_mm_loadu_si128((const __m128i*)p), x));

@@ -58,8 +58,13 @@ struct Svdq {
   Grouped::B* put(const uint8_t* integers, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
     const void* tables[BYTES / 16];
     const auto table_of = [&](int64_t at) { return PRODUCTS.of[integers[at < padded ? at >> shift : 0]]; };
-    for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane);
-    const I table = load_lanes(tables);
+    I table;
+    if (shift >= 6) {  // the usual case: every 64 features have one integer
+      table = load_halves(table_of(feature), table_of(feature + 64));
+    } else {
+      for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane);
+      table = load_lanes(tables);
+    }
     I even = shuffle_bytes(table, low), odd = shuffle_bytes(table, high);
     if (shift < 5) {  // two groups of 16 features in each lane of 16 bytes
       for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane + 16);
