@@ -10,7 +10,8 @@ from torch import nn
 from qgraft.benchmarks import end_to_end, memory, peers, report, roofline, run, shapes, targets
 from qgraft.benchmarks.layer_table import verdict_cell
 from qgraft.benchmarks.peers import LIMIT_4, LIMIT_8, Peer
-from qgraft.benchmarks.subjects import Speed, Subjectfrom qgraft.quantizer.tables import to_text
+from qgraft.benchmarks.subjects import Speed, Subject
+from qgraft.quantizer.tables import to_text
 
 PEAKS = {"float32": 0.1, "bfloat16": 0.2, "int8": 0.5}
 CEILINGS = {"copy_gb_per_s": 8.0, "read_gb_per_s": 10.0, "matmul_tflops": PEAKS}
