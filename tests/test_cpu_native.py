@@ -181,7 +181,7 @@ def test_codes_are_those_of_the_reference(lib, group_size, act_bits):
         different = (codes != wanted).float().mean().item()
         assert different == 0 if not rotate else different < 1e-3
         torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
-        torch.testing.assert_close(lora, wanted_lora, rtol=1e-5, atol=1e-4)
+        assert relative(lora, wanted_lora) < 1e-6
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
