@@ -69,8 +69,12 @@ def built(launch: Launch, target: str) -> dict:
     loop                 instructions of the main loop's body, a warp; None without CUDA, or without such a loop
     """
     gpu = TARGETS[target]
+    before = getattr(triton.runtime.driver, "_active", None)
     triton.runtime.driver.set_active(_Driver(gpu))
-    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    try:
+        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    finally:
+        triton.runtime.driver.set_active(before)
     assembly = compiled.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
     mma = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma\.)\S+" if gpu.backend == "cuda" else r"v_mfma_\w+"
     ttgir = compiled.asm["ttgir"]
@@ -118,6 +122,13 @@ def _main_loop(sass: str) -> int | None:
         if branch and (start := int(branch[1], 16)) < address:
             bodies.append([text for at, text in code if start <= at <= address])
     return max((len(body) for body in bodies if any("MMA" in text for text in body)), default=None)
+
+
+def instructions_per_weight(result: dict) -> float:
+    """What the main loop of one of the GEMM kernels, as `built`, costs a thread for each weight that it takes."""
+    options, codes = result["options"], {"BLOCK_K": 1, "BLOCK_B": 2, "BLOCK_W": 4}
+    weights = next(int(options[block]) * codes[block] for block in codes if block in options) * int(options["BLOCK_N"])
+    return result["loop"] * 32 * int(options["num_warps"]) / weights
 
 
 def _usage_hip(assembly: str) -> dict:

@@ -86,9 +86,14 @@ def has_tensor_memory(target: GPUTarget) -> bool:
     return target.backend == "cuda" and 100 <= target.arch < 120
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; make it that of x (which is a CPU tensor under the interpreter)."""
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device_of(x)
 
 
 def require(

@@ -148,6 +148,8 @@ def config(
             tile["BLOCK_M"] = min(tile["BLOCK_M"], 32)
     if half % 16:  # rows that start anywhere are loaded byte by byte: fewer at a time, or their addresses spill
         tile["BLOCK_B"] = 32
+        if not two_level:
+            tile["BLOCK_M"] = 16
     if target.backend == "hip":
         tile["num_stages"] = 2
     tile["BLOCK_R"] = 16 if out_dtype == torch.float32 else 32

@@ -178,6 +178,8 @@ def config(k: int, padded: int, rank: int, group_size: int, dtype: torch.dtype, 
     lora_k = 32 if dtype == torch.float32 else 128  # twice the bytes, and three terms of each
     if k % 16 or rank % 16:  # rows that start anywhere are loaded number by number
         lora_k = 32
+    if has_tensor_memory(target) and lora_k == 32:  # or two warps spill
+        lora_k = 16
     return dict(
         BLOCK_G=features // group_size,
         ONE_TILE=padded <= features,

@@ -68,6 +68,32 @@ def int8_times_16(packed, ASM: tl.constexpr):
 
 
 @triton.jit
+def float16_of_int8(codes, ASM: tl.constexpr):
+    """int8 -> float16. A byte in the mantissa of 1024 adds to it: code + 128 + 1024. (bfloat16 has no room for it, and
+    what the compiler does there is as short.)"""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 bytes, low, high, offset;
+            mov.b32 offset, 0xE480E480;                 // -1152
+            xor.b32 bytes, $2, 0x80808080;              // the code plus 128
+            prmt.b32 low, bytes, 0x64646464, 0x4140;
+            prmt.b32 high, bytes, 0x64646464, 0x4342;
+            add.f16x2 $0, low, offset;
+            add.f16x2 $1, high, offset;
+            }
+            """,
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    return codes.to(tl.float16)
+
+
+@triton.jit
 def halves_of_words(words, offset, ASM: tl.constexpr):
     """The four codes of every int16 of `words`, lowest nibble first, less their zero point: four tensors.
 

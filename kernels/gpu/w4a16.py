@@ -77,7 +77,7 @@ def w4a16_kernel(
 
     # Scales and zero points of a tile are too few bytes for the pipeline's asynchronous copies, so they are fetched
     # one step ahead by hand.
-    EACH: tl.constexpr = BLOCK_W // 2 if PER_ROW else min(GROUP // 4, BLOCK_W // 2)
+    EACH: tl.constexpr = BLOCK_W // 2 if PER_ROW else min(GROUP // 4, max(BLOCK_W // 8, 4))
     PIECES: tl.constexpr = BLOCK_W // EACH
     groups = 1 if PER_ROW else WORDS * 4 // GROUP
     BIAS: tl.constexpr = -136.0 if dtype == tl.bfloat16 else -1032.0  # see halves_of_words
@@ -135,8 +135,10 @@ def w4a16_kernel(
 def config(m: int, words: int, target: GPUTarget) -> dict[str, int]:
     """Tiles for m tokens and rows of so many words; BLOCK_W counts words, four codes each."""
     cuda, hopper = target.backend == "cuda", target.backend == "cuda" and target.arch == 90
-    if m <= FEW // 2 and cuda:
-        tile = dict(BLOCK_M=8, BLOCK_N=64, BLOCK_W=128 if target.arch >= 90 else 64, num_warps=4, num_stages=4)
+    if m <= FEW // 2 and cuda and target.arch >= 90:
+        tile = dict(BLOCK_M=8, BLOCK_N=64, BLOCK_W=128, num_warps=4, num_stages=4)
+    elif m <= FEW // 2 and cuda:
+        tile = dict(BLOCK_M=8, BLOCK_N=32, BLOCK_W=64, num_warps=2, num_stages=4)
     elif m <= FEW and hopper:
         tile = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_W=128, num_warps=4, num_stages=3)
     elif m <= FEW:  # two warps: to four of them the compiler gives instructions that are made for larger tiles
@@ -150,7 +152,7 @@ def config(m: int, words: int, target: GPUTarget) -> dict[str, int]:
     else:  # with an accumulator of 128 x 128 the rest does not fit in the registers
         tile = dict(BLOCK_M=64, BLOCK_N=128, BLOCK_W=32, num_warps=8, num_stages=3)
     if words % 8:  # rows that start anywhere are loaded word by word: fewer at a time, or their addresses spill
-        tile |= dict(BLOCK_W=16)
+        tile |= dict(BLOCK_W=16, BLOCK_M=min(tile["BLOCK_M"], 32))
     if target.backend == "hip":
         tile |= dict(num_stages=2, BLOCK_W=min(tile["BLOCK_W"], 64))
     return tile | dict(BLOCK_R=32, GROUP_M=8)

@@ -12,17 +12,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from . import configs
-from .common import FLOATS, launch, require, target_of, tile_of
+from .common import FLOATS, has_assembly, launch, require, target_of, tile_of
 from .dequantize import dequantized_int8
 from .epilogue import store_transposed
 from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .unpack import float16_of_int8
 
 
 @triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
 def w8a16_kernel(
     x_ptr, qweight_ptr, scale_ptr, bias_ptr, y_ptr, workspace_ptr, counter_ptr,
     M, N, K, splits,
-    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, ASM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     #                K                 BLOCK_M
@@ -52,7 +53,10 @@ def w8a16_kernel(
         else:
             w = tl.load(w_ptrs, mask=(offs_k < K + begin - k)[None, :], other=0)
             x = tl.load(x_ptrs, mask=(offs_k < K + begin - k)[:, None], other=0.0)
-        acc = tl.dot(w.to(x.dtype), x, acc)
+        if x.dtype == tl.float16:
+            acc = tl.dot(float16_of_int8(w, ASM), x, acc)
+        else:
+            acc = tl.dot(w.to(x.dtype), x, acc)
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
 
@@ -95,7 +99,8 @@ def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     if m >= configs.matmul_from("w8a16", x):
         weight = dequantized_int8(qweight, scale, x.dtype).t()
         return torch.mm(x, weight) if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
-    tile = configs.tile("w8a16", x, m, n, k, config, m, k, target_of(x))
+    target = target_of(x)
+    tile = configs.tile("w8a16", x, m, n, k, config, m, k, target)
     y = x.new_empty(m, n)
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
     splits = splits_for(x, tiles, k, tile["BLOCK_K"])
@@ -104,6 +109,6 @@ def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
         shares, counters = workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], torch.float32)
     launch(
         w8a16_kernel, tiles * splits, x, qweight, scale, bias, y, shares, counters, m, n, k, splits,
-        EVEN_K=k % tile["BLOCK_K"] == 0, SPLIT_K=splits > 1, **tile,
+        EVEN_K=k % tile["BLOCK_K"] == 0, SPLIT_K=splits > 1, ASM=has_assembly(target), **tile,
     )  # fmt: skip
     return y
