@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -159,12 +160,12 @@ class Candidates:
 
 def quantized(scheme: str, linear: nn.Linear) -> nn.Module:
     """Our layer, made without data unless it cannot do without: how fast it is does not depend on them."""
-    cls = SCHEMES[scheme]
-    if not cls.make_scheme().needs_data():
-        return cls.from_linear(linear)
-    weight = linear.weight
-    data = torch.randn(CALIBRATION, linear.in_features, device=weight.device, dtype=weight.dtype)
-    return cls.from_linear(linear, calibration=data)
+    cls, weight, data = SCHEMES[scheme], linear.weight, None
+    if cls.make_scheme().needs_data():
+        data = torch.randn(CALIBRATION, linear.in_features, device=weight.device, dtype=weight.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of how much a random weight loses; the error stands in the table
+        return cls.from_linear(linear, calibration=data)
 
 
 def in_words(error: Exception) -> str:

@@ -60,7 +60,7 @@ def test_every_scheme_is_measured_with_every_number_of_tokens(tmp_path, capsys):
         assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["median_ms"] / 1e6)
         assert row["tflops"] == pytest.approx(2 * m * n * k / row["median_ms"] / 1e9)
         assert row["roof_share"] > 0
-        assert row["error_weights"] < 0.3 and row["held_bytes"] >= 0 <= row["peak_bytes"]
+        assert row["error_weights"] < 1 and row["held_bytes"] >= 0 <= row["peak_bytes"]
         if row["library"] == "qgraft":
             assert 0 <= row["error_formula"] < row["error_weights"]
     assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines())
