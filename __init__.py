@@ -8,6 +8,8 @@ from . import functional
 from .layers import (
     BitLinear,
     BitNetLinear,
+    FactorizedLinear,
+    FactorizedW8Linear,
     QuantLinear,
     SVDQW4A4Linear,
     SVDQW4A8Linear,
@@ -26,6 +28,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BitLinear",
     "BitNetLinear",
+    "FactorizedLinear",
+    "FactorizedW8Linear",
     "Plan",
     "QuantLinear",
     "Quantizer",

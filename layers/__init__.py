@@ -1,7 +1,8 @@
 """What takes the place of an `nn.Linear`. Importing this registers every scheme."""
 
-from .base import SCHEMES, QuantLinear, Scheme, register, storage_bytes
+from .base import SCHEMES, QuantLinear, Scheme, Unsuitable, register, storage_bytes
 from .bitlinear import BitLinear, BitNetLinear, BitNetScheme
+from .factorized import FactorizedLinear, FactorizedScheme, FactorizedW8Linear
 from .stats import Stats
 from .svdq import SVDQScheme, SVDQW4A4Linear, SVDQW4A8Linear
 from .w4a16 import W4A16Linear, W4A16Scheme
@@ -14,12 +15,16 @@ __all__ = [
     "BitLinear",
     "BitNetLinear",
     "BitNetScheme",
+    "FactorizedLinear",
+    "FactorizedScheme",
+    "FactorizedW8Linear",
     "QuantLinear",
     "SVDQScheme",
     "SVDQW4A4Linear",
     "SVDQW4A8Linear",
     "Scheme",
     "Stats",
+    "Unsuitable",
     "W4A16Linear",
     "W4A16Scheme",
     "W8A8Linear",

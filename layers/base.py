@@ -28,6 +28,10 @@ class Scheme(BaseModel):
         return ""
 
 
+class Unsuitable(ValueError):
+    """This weight cannot be given what the options ask for; the float layer is the better one to keep."""
+
+
 SCHEMES: dict[str, type["QuantLinear"]] = {}
 
 

@@ -150,7 +150,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     layers = _count_freed(sites, layers)
     # An untied layer becomes a weight of its own, beside the one that the other owner keeps.
     added = sum(x.in_features * x.out_features for x in layers if x.already or x.reason == UNTIED)
-    total = sum(p.numel() for p in _distinct(model.parameters())) + added
+    factors = {id(p) for s in sites if isinstance(s.module, QuantLinear) for p in _own_weights(s.module)}
+    total = sum(p.numel() for p in _distinct(p for p in model.parameters() if id(p) not in factors)) + added
     uncovered = _uncovered(model, {id(s.module) for s, x in zip(sites, layers, strict=True) if x.reason == UNTIED})
     return Plan(
         recipe=recipe,
@@ -281,6 +282,11 @@ def _why_unmatched(pattern: str, sites: list[Site], model: nn.Module) -> str:
     near = suggest(pattern, names)
     hint = f"the nearest names are {', '.join(map(repr, near))}" if near else "see the names with `qgraft plan`"
     return f"'{pattern}' matches no linear layer; {hint} (a rule with `optional: true` may match nothing)"
+
+
+def _own_weights(layer: QuantLinear) -> list[nn.Parameter]:
+    """Parameters in which a quantized layer keeps its weight, which is counted by its sizes."""
+    return [p for name, p in layer.named_parameters() if name != "bias"]
 
 
 def _count_freed(sites: list[Site], layers: list[PlannedLayer]) -> list[PlannedLayer]:

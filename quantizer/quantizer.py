@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..layers import SCHEMES, Stats
+from ..layers import SCHEMES, Stats, Unsuitable
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
 from .errors import CalibrationError, PlanError, QuantizeError
@@ -69,7 +69,8 @@ class Quantizer:
         one layer's working set, plus up to 1 GiB of statistics if there is calibration data.
         Interrupted or failed, every layer is either the original or finished; calling again goes on from
         there. Raises RecipeError and PlanError before anything is touched, CalibrationError if the data does
-        not run, and QuantizeError if a layer fails.
+        not run, and QuantizeError if a layer fails. A layer that its options make no smaller stays as it is,
+        with a warning.
         """
         plan = self.plan(recipe)
         _check_weights(self.model, plan)
@@ -81,7 +82,7 @@ class Quantizer:
         if calibration is not None:
             run = calibrate.make_runner(calibration, plan.recipe.calibration, tokenizer, progress)
         _check_data(plan, run)
-        done = 0
+        done, left = 0, []
         with tqdm(total=len(plan.todo), desc="quantize", disable=None if progress else True) as bar:
             for wave in _waves(plan.todo, calibrated=run is not None):
                 stats = self._collect(wave, run)
@@ -89,11 +90,16 @@ class Quantizer:
                     bar.set_postfix_str(planned.name, refresh=True)
                     try:
                         self._graft(planned, stats.get(planned.name))
+                    except Unsuitable as reason:
+                        left.append(f"'{planned.label}': {reason}")
                     except (Exception, KeyboardInterrupt) as error:
                         raise _explain(error, planned, done, len(plan.todo)) from error
                     stats.pop(planned.name, None)
                     done += 1
                     bar.update()
+        if left:
+            more = f"\n... and {len(left) - 10} more" if len(left) > 10 else ""
+            warnings.warn("these layers stay as they are:\n" + "\n".join(left[:10]) + more, stacklevel=2)
         return self.model
 
     def _collect(self, wave: list[PlannedLayer], run: calibrate.Runner | None) -> dict[str, Stats]:
