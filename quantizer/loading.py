@@ -27,6 +27,7 @@ from .checkpoint import (
     read_json,
 )
 from .errors import CheckpointError
+from .linears import shape_of
 from .report import Report
 from .surgery import FLOATS, Site, find_sites, replace
 
@@ -126,7 +127,7 @@ def _check_places(path: Path, model: nn.Module, entries: dict[str, dict]) -> lis
             problems.append(f"{name!r} is a {type(modules[name]).__name__} in the model, not a linear layer")
             continue
         site = sites[name]
-        here, there = _shape(site.module), (entry.get("out_features"), entry.get("in_features"))
+        here, there = shape_of(site.module), (entry.get("out_features"), entry.get("in_features"))
         if site.obstacle:
             problems.append(f"{name!r} cannot be replaced: {site.obstacle}")
         elif here != there:
@@ -135,10 +136,6 @@ def _check_places(path: Path, model: nn.Module, entries: dict[str, dict]) -> lis
             problems.append(f"{' and '.join(map(repr, site.names))} are one layer in the model, not in the checkpoint")
     _raise(problems, path)
     return list({id(sites[name]): sites[name] for name in entries}.values())
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
 
 
 def _times(shape: tuple[Any, Any]) -> str:

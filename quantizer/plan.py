@@ -16,6 +16,7 @@ from ..layers import SCHEMES, QuantLinear, Scheme, storage_bytes
 from ..recipes import Recipe, SchemeSpec, pattern_matches, suggest
 from . import tables
 from .errors import PlanError
+from .linears import is_linear, shape_of
 from .surgery import Site, find_sites
 
 UNTIED = "untied"
@@ -165,7 +166,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
 
 def _plan_site(site: Site, recipe: Recipe, schemes: dict[tuple, Resolved]) -> PlannedLayer:
     linear = site.module
-    n, k = linear.out_features, linear.in_features
+    n, k = shape_of(linear)
     if isinstance(linear, QuantLinear):
         size = storage_bytes(linear)
         reason = f"already quantized ({linear.scheme_name})"
@@ -207,7 +208,16 @@ def _plan_site(site: Site, recipe: Recipe, schemes: dict[tuple, Resolved]) -> Pl
     after = storage_bytes(cls(k, n, linear.bias is not None, scheme=scheme, device="meta", dtype=dtype))
     before = _bytes(linear.bias) if site.tied and linear.bias is not None else 0 if site.tied else size
     return PlannedLayer(
-        site.names, "Linear", k, n, dtype, cls.scheme_name, scheme, UNTIED if site.tied else "", before, after
+        site.names,
+        type(linear).__name__,
+        k,
+        n,
+        dtype,
+        cls.scheme_name,
+        scheme,
+        UNTIED if site.tied else "",
+        before,
+        after,
     )
 
 
@@ -258,8 +268,8 @@ def _in_words(error: dict, cls: type[QuantLinear]) -> str:
 
 def _matches(patterns: tuple[str, ...], site: Site) -> bool:
     kind = type(site.module).__name__
-    # A layer that is quantized already still counts as the Linear it was, so that a run can be continued.
-    kinds = (kind, "Linear") if isinstance(site.module, QuantLinear) else (kind,)
+    # A layer that is quantized already still counts as what it may have been, so that a run can be continued.
+    kinds = (kind, "Linear", "Conv1D") if isinstance(site.module, QuantLinear) else (kind,)
     return any(pattern_matches(p, name, c) for p in patterns for name in site.names for c in kinds)
 
 
@@ -307,7 +317,7 @@ def _uncovered(model: nn.Module, untied: set[int]) -> tuple[Uncovered, ...]:
     """untied: ids of the linear layers whose weight stays behind with its other owner."""
     found, seen = [], set()
     for module in model.modules():
-        if isinstance(module, (nn.Linear, QuantLinear)) and id(module) not in untied:
+        if (is_linear(module) or isinstance(module, QuantLinear)) and id(module) not in untied:
             seen.update(id(p) for p in module.parameters(recurse=False))
     for name, module in model.named_modules():
         if id(module) in untied:

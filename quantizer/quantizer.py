@@ -16,6 +16,7 @@ from ..layers import SCHEMES, Stats, Unsuitable
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
 from .errors import CalibrationError, PlanError, QuantizeError
+from .linears import as_linear
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure
 from .surgery import replace
@@ -123,7 +124,7 @@ class Quantizer:
 
     def _graft(self, planned: PlannedLayer, stats: Stats | None) -> None:
         start = time.perf_counter()
-        linear = self.model.get_submodule(planned.name)
+        linear = as_linear(self.model.get_submodule(planned.name))
         cls = SCHEMES[planned.scheme_name]
         layer = cls.from_linear(linear, planned.scheme, stats=stats)
         seconds = time.perf_counter() - start

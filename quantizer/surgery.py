@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layers import QuantLinear
+from .linears import is_conv1d, is_linear, is_plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What `nn.Module.__call__` looks up on the module. The dicts move over as they are: a handle's `remove()`
@@ -30,7 +31,7 @@ FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEn
 
 @dataclass
 class Site:
-    """A place where an `nn.Linear` (or what replaced one) is.
+    """A place where a linear layer (or what replaced one) is.
 
     names: every path to the module, more than one where it is shared; the root's path is "".
     obstacle: why it cannot be replaced, or "".
@@ -57,7 +58,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     paths: dict[int, list[str]] = defaultdict(list)
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, QuantLinear)):
+        if is_linear(module) or isinstance(module, QuantLinear):
             paths[id(module)].append(name)
             modules[id(module)] = module
     owners = _weight_owners(model)
@@ -118,7 +119,7 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
             new.__dict__[key] = value
 
 
-def _obstacle(linear: nn.Linear) -> str:
+def _obstacle(linear: nn.Module) -> str:
     kind = type(linear)
     if kind.__name__ == "NonDynamicallyQuantizableLinear":
         return "out_proj of nn.MultiheadAttention, whose forward reads the weight and never calls this layer"
@@ -126,9 +127,10 @@ def _obstacle(linear: nn.Linear) -> str:
         return "parametrized: its weight is computed at each access; remove_parametrizations() first"
     if isinstance(linear.weight, nn.UninitializedParameter):
         return "a lazy layer without weights yet: run the model once first"
-    if kind is not nn.Linear:
+    if not is_plain(linear):
         name = f"{kind.__module__}.{kind.__qualname__}"
-        return f"{name} is a subclass of nn.Linear that may compute something else"
+        base = "Conv1D" if is_conv1d(linear) else "nn.Linear"
+        return f"{name} is a subclass of {base} that may compute something else"
     if "forward" in linear.__dict__:
         return "its forward is replaced on the instance (accelerate hooks do so); remove that first"
     extra = [*(set(linear._parameters) - {"weight", "bias"}), *linear._buffers, *linear._modules]
@@ -147,7 +149,7 @@ def _inside_adapters(model: nn.Module) -> dict[int, str]:
     for module in model.modules():
         if isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "merge"):
             for inner in module.modules():
-                if isinstance(inner, nn.Linear):
+                if is_linear(inner):
                     found[id(inner)] = "inside an adapter (LoRA or alike): merge it first, or add it after quantizing"
     return found
 
@@ -173,7 +175,7 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _tied(linear: nn.Linear, names: tuple[str, ...], owners: dict[int, list[str]]) -> tuple[str, ...]:
+def _tied(linear: nn.Module, names: tuple[str, ...], owners: dict[int, list[str]]) -> tuple[str, ...]:
     if parametrize.is_parametrized(linear) or isinstance(linear.weight, nn.UninitializedParameter):
         return ()
     own = {f"{name}.{leaf}".lstrip(".") for name in names for leaf in ("weight", "bias")}
