@@ -271,6 +271,14 @@ def test_a_spoiled_token_is_seen_and_spoils_no_other(lib, act_bits, bad):
     assert not torch.isfinite(y[7]).any() and torch.equal(y[others], clean[others])
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_w8a8_does_not_round_nan_away(lib, static):
+    x, given = torch.randn(6, 100), (torch.tensor(0.02), torch.tensor(3, dtype=torch.int8)) if static else (None, None)
+    x[2, 50] = float("nan")
+    y = ops.w8a8_linear(x, random_int8(20, 100), random_scale(20), None, *given, None)
+    assert y[2].isnan().all() and y[[0, 1, 3, 4, 5]].isfinite().all()
+
+
 @pytest.mark.parametrize("change, message", [
     ((1, torch.zeros(33, 7, dtype=torch.int8)), "qweight must have shape"),
     ((2, torch.ones(32)), "scale must have shape"),

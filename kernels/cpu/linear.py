@@ -59,7 +59,7 @@ def w8a8_linear(
     act_zero_point: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """See :func:`qgraft.kernels.reference.w8a8_linear`."""
+    """See :func:`qgraft.kernels.reference.w8a8_linear`. A token with NaN in it comes out as NaN."""
     op, lib = "w8a8_linear", native.library()
     (m, k), n = x.shape, qweight.shape[0]
     if lib is None or k > W8A8_MAX_FEATURES:

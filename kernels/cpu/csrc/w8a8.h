@@ -71,7 +71,8 @@ inline int quantize_w8a8(const float* x, int64_t m, int64_t k, int64_t wide, con
     memcpy(row, x + t * k, sizeof(float) * k);
     std::fill(row + k, row + wide, 0.0f);
     if (given) {
-      act_scale[t] = *given;
+      const bool nan = std::any_of(row, row + k, [](float v) { return v != v; });  // which rounding would hide
+      act_scale[t] = nan ? NAN : *given;
       const F step = set_f(*given), shift = set_f(float(zero)), least = set_f(-128), most = set_f(127);
       for (int64_t i = 0; i < wide; i += LANES)
         store_int8(bytes + i, min(max(add(round(div(load_f(row + i), step)), shift), least), most));
