@@ -76,8 +76,8 @@ def w4a16_kernel(
     x_ptrs = x_ptr + rows_m[None, :] * (4 * WORDS if PLANES else WORDS) + offs_w[:, None]
 
     # Scales and zero points of a tile are too few bytes for the pipeline's asynchronous copies, so they are fetched
-    # one step ahead by hand.
-    EACH: tl.constexpr = BLOCK_W // 2 if PER_ROW else min(GROUP // 4, max(BLOCK_W // 8, 4))
+    # one step ahead by hand. (In pieces of 16 words at most: longer ones take more instructions, not fewer.)
+    EACH: tl.constexpr = BLOCK_W // 2 if PER_ROW else min(GROUP // 4, BLOCK_W // 2, 16)
     PIECES: tl.constexpr = BLOCK_W // EACH
     groups = 1 if PER_ROW else WORDS * 4 // GROUP
     BIAS: tl.constexpr = -136.0 if dtype == tl.bfloat16 else -1032.0  # see halves_of_words
