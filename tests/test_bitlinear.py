@@ -1,4 +1,4 @@
-"""BitNet b1.58: the op, the layer, training with straight-through gradients, and the layout of transformers."""
+"""BitNet b1.58: the op, the layer, and training with straight-through gradients."""
 
 from itertools import pairwise
 
