@@ -100,7 +100,7 @@ _register("w8a32_linear", reference.w8_linear, cpu.w8a32_linear, _gpu("w8a32", "
 _register("w8a16_linear", reference.w8_linear, cpu.w8a16_linear, _gpu("w8a16", "w8a16_linear"))
 _register("w8a8_linear", reference.w8a8_linear, cpu.w8a8_linear, _gpu("w8a8", "w8a8_linear"))
 _register("w4a16_linear", reference.w4a16_linear, cpu.w4a16_linear, _gpu("w4a16", "w4a16_linear"))
-_register("bitnet_linear", reference.bitnet_linear, cpu.bitnet_linear, None)
+_register("bitnet_linear", reference.bitnet_linear, cpu.bitnet_linear, _gpu("bitnet", "bitnet_linear"))
 _register("svdq_linear", reference.svdq_linear, cpu.svdq_linear, _gpu("svdq", "svdq_linear"))
 _register("svdq_quantize", reference.svdq_quantize, cpu.svdq_quantize, _gpu("svdq", "svdq_quantize"))
 

@@ -21,7 +21,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 
-from qgraft.kernels.gpu import ahead, configs, svdq_gemm, svdq_quantize, w4a16, w8a8, w8a16, w8a32
+from qgraft.kernels.gpu import ahead, bitnet, configs, svdq_gemm, svdq_quantize, w4a16, w8a8, w8a16, w8a32
 from qgraft.kernels.gpu.ahead import TARGETS
 
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -39,6 +39,7 @@ def cases(target: str) -> list[tuple]:
     found = [("w8a16", m, 4096, 4096, "bfloat16") for m in TOKENS[1:]] + [("w8a16", 512, 4096, 4096, "float16")]
     found += [("w8a32", m, 4096, 4096, "float32") for m in TOKENS[1:]]
     found += [("w8a8", m, 4096, 4096, "bfloat16", static) for m, static in ((16, True), (64, False), (512, True))]
+    found += [("bitnet", m, 4096, 4096, "bfloat16") for m in (16, 64, 512)]
     # m, n, k, dtype, group_size (0: one scale a row), zero_point, rank
     many = [] if target == "sm_100" else [512]  # there, torch multiplies many tokens
     found += [("w4a16", m, 4096, 4096, "bfloat16", 64, True, 0) for m in (8, 16, 64, *many)]
@@ -47,6 +48,7 @@ def cases(target: str) -> list[tuple]:
     found += [("w8a16", m, 37, 77, "bfloat16") for m in (1, 64, 301)]
     found += [("w8a32", m, 37, 77, "float32") for m in (1, 64, 301)]
     found += [("w8a8", m, 37, 77, "float32", True) for m in (1, 64, 301)]
+    found += [("bitnet", m, 37, 77, "float32") for m in (1, 301)]
     found += [("w4a16", m, 37, 77, "float16", 16, True, 5) for m in (1, 9, 64, *([] if target == "sm_100" else [301]))]
 
     # Codes: m, n, padded, group_size, two_level, act_bits, dtype, rank.
@@ -86,6 +88,7 @@ def table_cases() -> list[tuple]:
         problems = {
             "w8a16": [(4096, 4096, "bfloat16"), (4096, 4096, "float16")],
             "w8a8": [(4096, 4096, "bfloat16", False), (4096, 4096, "bfloat16", True)],
+            "bitnet": [(4096, 4096, "bfloat16")],
             "w4a16": [(4096, 4096, "bfloat16", 64, False, 0), (4096, 4096, "bfloat16", 128, True, 0),
                       (4096, 4096, "float16", 0, False, 32)],
             "svdq_two_level": [(4096, 4096, 64, True, 8, "bfloat16", 32), (4096, 4096, 64, True, 4, "float32", 32)],
@@ -120,6 +123,11 @@ def launch_w8a8(m, n, k, dtype, static):
     x, qweight, scale = meta(m, k, dtype=dtype), meta(n, k, dtype="int8"), meta(n, dtype="float32")
     step, zeros = (meta(dtype="float32"), meta(dtype="int8")) if static else (None, None)
     w8a8.w8a8_linear(x, qweight, scale, meta(n, dtype="int8") if static else None, step, zeros, meta(n, dtype=dtype))
+
+
+def launch_bitnet(m, n, k, dtype):
+    qweight, scale = meta(n, -(-k // 4), dtype="uint8"), meta(n, dtype="float32")
+    bitnet.bitnet_linear(meta(m, k, dtype=dtype), qweight, scale, meta(n, dtype=dtype))
 
 
 def launch_w4a16(m, n, k, dtype, group_size, zero_point, rank):
@@ -168,6 +176,7 @@ LAUNCHES = {
     "w8a16": lambda *args: launch_w8(w8a16, *args),
     "w8a32": lambda *args: launch_w8(w8a32, *args),
     "w8a8": launch_w8a8,
+    "bitnet": launch_bitnet,
     "w4a16": launch_w4a16,
     "gemm": launch_gemm,
     "quantize": launch_quantize,
@@ -213,7 +222,7 @@ def results() -> dict[str, dict]:
 
 def wanted_mma(target: str, result: dict, kernel: str, dtype: str) -> str:
     """The instruction of the main product, as a pattern."""
-    integer = kernel in ("gemm", "w8a8")
+    integer = kernel in ("gemm", "w8a8", "bitnet")
     kind = "bf16" if kernel == "w8a32" or dtype == "bfloat16" else "f16"
     # To a tile of few tokens, or two warps, belong the instructions of a warp and not those of a warp group.
     wide = int(result["options"]["num_warps"]) >= 4 and int(result["options"]["BLOCK_M"]) >= 16
@@ -270,7 +279,7 @@ def test_the_main_loop_keeps_to_the_budget_beside_its_tile(results, which):
 @pytest.mark.parametrize("which", [which for which in ALL if which[0] == "sm_90" and which[2][1] == 512],
                          ids=lambda which: name(*which))  # fmt: skip
 def test_on_hopper_the_weight_goes_into_the_product_from_registers(results, which):
-    if which[2][0] in ("w8a16", "w8a32", "w4a16", "gemm"):
+    if which[2][0] in ("w8a16", "w8a32", "w4a16", "gemm", "bitnet"):
         assert results[name(*which)]["from_registers"]
 
 
@@ -283,6 +292,7 @@ def test_every_tile_that_can_be_chosen_is_compiled(results, target):
         "w8a16": [w8a16.config(m, k, gpu) for m in tokens for k in features],
         "w8a32": [w8a32.config(m, k, gpu) for m in tokens for k in features],
         "w8a8": [w8a8.config(m, k, gpu) for m in tokens for k in features],
+        "bitnet": [bitnet.config(m, -(-k // 4), gpu) for m in tokens for k in features],
         "w4a16": [
             w4a16.config(m, words, gpu)
             for m in tokens

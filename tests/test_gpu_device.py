@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qgraft.kernels import ops, reference
-from qgraft.kernels.packing import pack_int4
+from qgraft.kernels.packing import pack_int4, pack_ternary
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,6 +80,11 @@ def w4a16_problem(m, n, k, dtype, group_size=64, zeros=True, rank=0, smooth=Fals
     return x, qweight, scale, zero_point, smooth_factor, down, up, bias, group_size, rotate
 
 
+def bitnet_problem(m, n, k, dtype):
+    x, _, scale, bias = w8_problem(m, n, k, dtype, dtype)
+    return x, pack_ternary(torch.randint(-1, 2, (n, k), device="cuda")), scale, bias
+
+
 def operations(m=33, n=96, k=128, half=torch.bfloat16):
     """One call of each op, as (op, x, the other arguments)."""
     problems = [
@@ -88,11 +93,12 @@ def operations(m=33, n=96, k=128, half=torch.bfloat16):
         (ops.svdq_linear, (*svdq_problem(m, n, k, 64, True, torch.bfloat16), True, 4)),
         (ops.w8a8_linear, w8a8_problem(m, n, k, torch.bfloat16)),
         (ops.w4a16_linear, w4a16_problem(m, n, k, torch.bfloat16, 64, True, 32, True, True)),
+        (ops.bitnet_linear, bitnet_problem(m, n, k, half)),
     ]
     return [(op, problem[0], problem[1:]) for op, problem in problems]
 
 
-OPS = ["w8a32", "w8a16", "svdq", "w8a8", "w4a16"]
+OPS = ["w8a32", "w8a16", "svdq", "w8a8", "w4a16", "bitnet"]
 
 
 # ---- parity ---------------------------------------------------------------------------------------------------------
@@ -217,6 +223,22 @@ def test_w8a8_is_the_product_of_its_codes(m, n, k, static, zeros):
     for dtype in (torch.bfloat16, torch.float32):
         problem = w8a8_problem(m, n, k, dtype, static, zeros)
         assert relative(ops.w8a8_linear(*problem), reference.w8a8_linear(*problem)) < EPSILON[dtype]
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_bitnet_is_the_product_of_its_codes(m, n, k):
+    for dtype in (torch.bfloat16, torch.float32):
+        problem = bitnet_problem(m, n, k, dtype)
+        assert relative(ops.bitnet_linear(*problem), reference.bitnet_linear(*problem)) < EPSILON[dtype]
+
+
+@pytest.mark.parametrize("m", [1, 8, 16, 64, 512])
+def test_bitnet_finds_every_code_in_its_place(m):
+    codes = torch.randint(-1, 2, (64, 512), device="cuda")
+    x = torch.eye(512, device="cuda")
+    parts = [ops.bitnet_linear(part, pack_ternary(codes), torch.ones(64, device="cuda"), None) for part in x.split(m)]
+    assert torch.equal(torch.cat(parts).round(), codes.t().float())
 
 
 @pytest.mark.parametrize(
@@ -412,6 +434,8 @@ def test_gradients_flow_as_through_the_dequantized_layer(which):
     elif which == 4:
         *tensors, _, group_size, rotate = rest
         weight = reference.w4a16_dequantize(x.shape[1], *tensors, group_size, rotate)
+    elif which == 5:
+        weight = reference.bitnet_dequantize(x.shape[1], *rest[:2])
     else:
         qweight, scale, group_scale, smooth_factor, proj_down, proj_up, _, group_size, rotate, _ = rest
         weight = reference.svdq_dequantize(

@@ -101,7 +101,7 @@ if __name__ == "__main__":
     sys.exit()
 
 from qgraft.kernels import reference  # noqa: E402
-from qgraft.kernels.packing import pack_int4  # noqa: E402
+from qgraft.kernels.packing import pack_int4, pack_ternary  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -498,6 +498,38 @@ def test_w8a8_takes_the_largest_sums_zeros_infinity_and_nan(kernels):
     with pytest.raises(ValueError, match="at most 65793 input features, got 65794"):
         kernels("w8a8.w8a8_linear", torch.zeros(1, 65794), torch.zeros(1, 65794).to(torch.int8), torch.ones(1), None,
                 *static, None)  # fmt: skip
+
+
+# ---- BitNet ---------------------------------------------------------------------------------------------------------
+
+
+def bitnet_problem(m, n, k, dtype=torch.float32, bias=True):
+    x, _, scale, bias = w8_problem(m, n, k, dtype, dtype if bias else None)
+    return x, pack_ternary(torch.randint(-1, 2, (n, k))), scale, bias
+
+
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("n, k", [*SHAPES, (70, 2050)])
+def test_bitnet_for_any_number_of_tokens(kernels, m, n, k):
+    dtype = torch.float16 if m % 2 else torch.float32
+    problem = bitnet_problem(m, n, k, dtype, bias=m > 1)
+    y = kernels("bitnet.bitnet_linear", *problem)
+    assert y.dtype == dtype and y.shape == (m, n)
+    assert relative(y, reference.bitnet_linear(*problem)) < (1e-6 if dtype == torch.float32 else 1e-3)
+    assert torch.equal(y, kernels("bitnet.bitnet_linear", *problem))
+
+
+def test_bitnet_takes_the_largest_sums_zeros_nan_and_any_padding(kernels):
+    k = 4099
+    x, qweight = torch.full((3, k), 127.0), pack_ternary(torch.tensor([-1, 1])[:, None].expand(2, k))
+    x[1], x[2, 5] = 0, float("nan")
+    qweight[:, -1] |= 0b11000000  # the feature past the last one: nothing that stands there may count
+    y = kernels("bitnet.bitnet_linear", x, qweight, torch.ones(2), None)
+    assert y[0].tolist() == [-127.0 * k, 127.0 * k] and y[1].eq(0).all() and y[2].isnan().all()
+    assert kernels("bitnet.bitnet_linear", x[:0], qweight, torch.ones(2), None).shape == (0, 2)
+    assert torch.equal(kernels("bitnet.bitnet_linear", x[::2], qweight, torch.ones(2), None)[0], y[0])
+    with pytest.raises(ValueError, match=r"bitnet_linear: qweight must have shape \(2, 1024\), got \(2, 1025\)"):
+        kernels("bitnet.bitnet_linear", x[:, :4096], qweight, torch.ones(2), None)
 
 
 # ---- many tokens ----------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _main_loop(sass: str) -> int | None:
 
 def instructions_per_weight(result: dict) -> float:
     """What the main loop of one of the GEMM kernels, as `built`, costs a thread for each weight that it takes."""
-    options, codes = result["options"], {"BLOCK_K": 1, "BLOCK_B": 2, "BLOCK_W": 4}
+    options, codes = result["options"], {"BLOCK_K": 1, "BLOCK_B": 2, "BLOCK_W": 4, "BLOCK_Q": 4}
     weights = next(int(options[block]) * codes[block] for block in codes if block in options) * int(options["BLOCK_N"])
     return result["loop"] * 32 * int(options["num_warps"]) / weights
 

@@ -18,7 +18,7 @@ GAIN = 0.98
 
 def candidates(tile: dict[str, int]) -> list[dict[str, int]]:
     """The tile in use, and its neighbours: wider and narrower, longer and shorter, deeper and shallower pipelines."""
-    depth = next(name for name in ("BLOCK_K", "BLOCK_B", "BLOCK_W") if name in tile)
+    depth = next(name for name in ("BLOCK_K", "BLOCK_B", "BLOCK_W", "BLOCK_Q") if name in tile)
 
     def changed(**factors: float) -> dict[str, int]:
         return {name: int(value * factors.get(name, 1)) for name, value in tile.items()}

@@ -1,4 +1,4 @@
-"""int4 codes out of their bytes, four or two at a time.
+"""int4 and ternary codes out of their bytes, four or two at a time.
 
 Each function says the same thing twice: in plain Triton, for the interpreter and AMD, and with ASM in NVIDIA's
 instructions, which work on a whole register. The compiler takes the plain form apart into single bytes: that costs
@@ -65,6 +65,37 @@ def int8_times_16(packed, ASM: tl.constexpr):
             pack=4,
         )
     return (packed << 4).to(tl.int8, bitcast=True), (packed & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def quarters_of_bytes(packed, ASM: tl.constexpr):
+    """The four numbers 0..3 of two bits in every uint8 of `packed`, lowest first: four tensors, int8."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 q1, q2, q3;
+            and.b32 $0, $4, 0x03030303;
+            shr.b32 q1, $4, 2;
+            and.b32 $1, q1, 0x03030303;
+            shr.b32 q2, $4, 4;
+            and.b32 $2, q2, 0x03030303;
+            shr.b32 q3, $4, 6;
+            and.b32 $3, q3, 0x03030303;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return (
+        (packed & 3).to(tl.int8),
+        ((packed >> 2) & 3).to(tl.int8),
+        ((packed >> 4) & 3).to(tl.int8),
+        ((packed >> 6) & 3).to(tl.int8),
+    )
 
 
 @triton.jit

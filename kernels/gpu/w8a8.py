@@ -27,8 +27,8 @@ MAX_FEATURES, MAX_FEATURES_ZERO = (2**31 - 1) // (128 * 128), (2**31 - 1) // (12
 @triton.jit
 def w8a8_quantize_kernel(
     x_ptr, act_scale_ptr, act_zero_ptr, codes_ptr, steps_ptr, sums_ptr,
-    K,
-    BLOCK_K: tl.constexpr,
+    K, PLANE,
+    PLANES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
@@ -50,13 +50,19 @@ def w8a8_quantize_kernel(
         if act_zero_ptr is not None:
             zero = tl.load(act_zero_ptr).to(tl.float32)
     total = tl.zeros((BLOCK_K,), dtype=tl.int32)
+    STEP: tl.constexpr = BLOCK_K // PLANES
+    plane_ptrs = codes_ptr + token * PLANES * PLANE + offs_k // STEP * PLANE
     for k in tl.range(0, K, BLOCK_K, num_stages=1):
         mask = k + offs_k < K
         x = tl.load(x_ptr + token * K + k + offs_k, mask=mask, other=0.0).to(tl.float32)
         codes = (tl.div_rn(x, step) + ROUNDER) - ROUNDER + zero  # to the nearest, ties to even
         codes = tl.where(codes == codes, tl.minimum(tl.maximum(codes, lowest), INT8_MAX), zero)  # NaN has no code
-        tl.store(codes_ptr + token * K + k + offs_k, codes.to(tl.int8), mask=mask)
         total += tl.where(mask, (codes - zero).to(tl.int32), 0)
+        codes = codes.to(tl.int8)
+        if PLANES > 1:
+            codes = tl.reshape(tl.trans(tl.reshape(codes, (STEP, PLANES))), (BLOCK_K,))
+        offs = k // PLANES + offs_k % STEP
+        tl.store(plane_ptrs + offs, codes, mask=offs < PLANE)
     tl.store(sums_ptr + token, tl.sum(total))
 
 
@@ -138,6 +144,28 @@ def config(m: int, k: int, target: GPUTarget) -> dict[str, int]:
     return tile | dict(GROUP_M=8)
 
 
+def quantize(
+    x: Tensor, act_scale: Tensor | None, act_zero_point: Tensor | None, planes: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`qgraft.kernels.reference.w8a8_quantize`, and the sums of codes less their zero point, (M,) int32.
+
+    With `planes` P the codes are (M, P ceil(K / P)), every P-th feature together: those of features p, P + p, .. stand
+    from p ceil(K / P) on. A kernel whose weights come P to a byte reads each plane in one piece. Missing features have
+    the code 0.
+    """
+    m, k = x.shape
+    plane = triton.cdiv(k, planes)
+    codes = x.new_empty(m, planes * plane, dtype=torch.int8)
+    steps = x.new_empty(m, dtype=torch.float32) if act_scale is None else act_scale
+    sums = x.new_empty(m, dtype=torch.int32)
+    block = min(4096, max(256, triton.next_power_of_2(k)))
+    launch(
+        w8a8_quantize_kernel, m, x, act_scale, act_zero_point, codes, steps, sums, k, plane,
+        PLANES=planes, BLOCK_K=block, num_warps=max(1, min(8, block // 512)),
+    )  # fmt: skip
+    return codes, steps, sums
+
+
 def w8a8_linear(
     x: Tensor,
     qweight: Tensor,
@@ -163,14 +191,7 @@ def w8a8_linear(
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
-    codes = x.new_empty(m, k, dtype=torch.int8)
-    steps = x.new_empty(m, dtype=torch.float32) if act_scale is None else act_scale
-    sums = x.new_empty(m, dtype=torch.int32)
-    block = min(4096, max(256, triton.next_power_of_2(k)))
-    launch(
-        w8a8_quantize_kernel, m, x, act_scale, act_zero_point, codes, steps, sums, k,
-        BLOCK_K=block, num_warps=max(1, min(8, block // 512)),
-    )  # fmt: skip
+    codes, steps, sums = quantize(x, act_scale, act_zero_point)
     tile = configs.tile("w8a8", x, m, n, k, config, m, k, target_of(x))
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
     splits = splits_for(x, tiles, k, tile["BLOCK_K"])
