@@ -45,8 +45,8 @@ class Run:
 
 RUNS = (
     Run("w8a32", torch.float32),
+    Run("w4a8_svd", torch.float32, calibrated=True),
     Run("w4a4_svd", torch.float32, calibrated=True),
-    Run("w4a4_svd_fast", torch.float32),
     Run("w8a16", torch.bfloat16),
 )
 WINDOWS = 8  # of 512 tokens that perplexity is measured on
