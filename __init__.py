@@ -8,6 +8,8 @@ from . import functional
 from .layers import (
     BitLinear,
     BitNetLinear,
+    EmbeddingW4,
+    EmbeddingW8,
     FactorizedLinear,
     FactorizedW8Linear,
     QuantLinear,
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BitLinear",
     "BitNetLinear",
+    "EmbeddingW4",
+    "EmbeddingW8",
     "FactorizedLinear",
     "FactorizedW8Linear",
     "Plan",

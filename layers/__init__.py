@@ -1,7 +1,8 @@
-"""What takes the place of an `nn.Linear`. Importing this registers every scheme."""
+"""What takes the place of an `nn.Linear`, or of an `nn.Embedding`. Importing this registers every scheme."""
 
-from .base import SCHEMES, QuantLinear, Scheme, Unsuitable, register, storage_bytes
+from .base import SCHEMES, QuantLayer, QuantLinear, Scheme, Unsuitable, register, storage_bytes, tie
 from .bitlinear import BitLinear, BitNetLinear, BitNetScheme
+from .embedding import EMBEDDINGS, EmbeddingW4, EmbeddingW8, QuantEmbedding
 from .factorized import FactorizedLinear, FactorizedScheme, FactorizedW8Linear
 from .stats import Stats
 from .svdq import SVDQScheme, SVDQW4A4Linear, SVDQW4A8Linear
@@ -11,13 +12,18 @@ from .w8a16 import W8A16Linear, W8A16Scheme
 from .w8a32 import W8A32Linear, W8A32Scheme
 
 __all__ = [
+    "EMBEDDINGS",
     "SCHEMES",
     "BitLinear",
     "BitNetLinear",
     "BitNetScheme",
+    "EmbeddingW4",
+    "EmbeddingW8",
     "FactorizedLinear",
     "FactorizedScheme",
     "FactorizedW8Linear",
+    "QuantEmbedding",
+    "QuantLayer",
     "QuantLinear",
     "SVDQScheme",
     "SVDQW4A4Linear",
@@ -37,4 +43,5 @@ __all__ = [
     "W8A32Scheme",
     "register",
     "storage_bytes",
+    "tie",
 ]

@@ -48,25 +48,87 @@ def register(name: str) -> Callable[[type["QuantLinear"]], type["QuantLinear"]]:
     return add
 
 
-class QuantLinear(nn.Module):
-    """A linear layer with quantized weights: what takes the place of an `nn.Linear`.
+class QuantLayer(nn.Module):
+    """What all quantized layers have in common: a checked scheme, state in plain buffers, a nominal dtype.
 
-    A subclass declares `Scheme`, and writes `_allocate` (its buffers), `quantize` (fill them), `_linear` (the
-    forward on 2-D input) and `dequantize`. Quantized state is plain buffers, so state_dict, safetensors, deepcopy,
-    meta tensors and torch.compile work as for any module. `bias` stays the parameter it was.
-
-    Casting (`.half()`, `.to(torch.bfloat16)`) changes the bias and the nominal `dtype`; codes, scales and the
-    low-rank branch keep the types that they were quantized with, because a scale in float16 is another scale.
-
-    in_features, out_features: any sizes >= 1; padding is inside.
-    scheme: a `Scheme` of this class; or give its fields as keywords. Raises ValueError on a bad one.
-    dtype: the nominal type, that of the `nn.Linear` replaced.
+    Casting (`.half()`, `.to(torch.bfloat16)`) changes the nominal `dtype` and the parameters, such as a bias; codes,
+    scales and the low-rank branch keep the types that they were quantized with, because a scale in float16 is
+    another scale.
     """
 
     scheme_name: ClassVar[str]
     Scheme: ClassVar[type[Scheme]] = Scheme
     # What `Stats` to collect when calibration data is given.
     needs: ClassVar[frozenset[str]] = frozenset()
+    # Layers that hold some of the very same buffers; see tie().
+    tied_to: tuple["QuantLayer", ...] = ()
+
+    def dequantize(self) -> Tensor:
+        """The effective weight, (N, K) float32."""
+        raise NotImplementedError
+
+    @classmethod
+    def make_scheme(cls, scheme: Scheme | None = None, **options: Any) -> Scheme:
+        """A checked Scheme from keywords; ValueError names each bad option."""
+        if scheme is not None:
+            if options:
+                raise ValueError(f"{cls.__name__}: give either scheme= or options, not both: {sorted(options)}")
+            if not isinstance(scheme, cls.Scheme):
+                raise ValueError(f"{cls.__name__} takes a {cls.__name__}.Scheme, got {type(scheme).__name__}")
+            return scheme
+        try:
+            return cls.Scheme(**options)
+        except ValidationError as error:
+            problems = "; ".join(_in_words(e) for e in error.errors())
+            raise ValueError(
+                f"{cls.__name__}: {problems} (options: {', '.join(cls.Scheme.model_fields) or 'none'})"
+            ) from None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight (N, K) in the nominal dtype, computed at each access; read-only.
+
+        It is here for code that peeks at `.weight.dtype` or `.weight.device`. To change it, quantize again.
+        """
+        return self.dequantize().to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        for other in self.tied_to:  # which each move on their own; the last to arrive takes what is there
+            _share(other, self)
+        return self
+
+
+def tie(owner: QuantLayer, other: QuantLayer) -> None:
+    """Let `other` hold the buffers of `owner` instead of its own of the same names, wherever the two are moved."""
+    # Past nn.Module's __setattr__: the one is no submodule of the other.
+    owner.__dict__["tied_to"] = (*owner.tied_to, other)
+    other.__dict__["tied_to"] = (*other.tied_to, owner)
+    _share(owner, other)
+
+
+def _share(owner: QuantLayer, other: QuantLayer) -> None:
+    for name, buffer in owner._buffers.items():
+        if buffer is not None and name in other._buffers and other._buffers[name].device == buffer.device:
+            other._buffers[name] = buffer
+
+
+class QuantLinear(QuantLayer):
+    """A linear layer with quantized weights: what takes the place of an `nn.Linear`.
+
+    A subclass declares `Scheme`, and writes `_allocate` (its buffers), `quantize` (fill them), `_linear` (the
+    forward on 2-D input) and `dequantize`. Quantized state is plain buffers, so state_dict, safetensors, deepcopy,
+    meta tensors and torch.compile work as for any module. `bias` stays the parameter it was.
+
+    in_features, out_features: any sizes >= 1; padding is inside.
+    scheme: a `Scheme` of this class; or give its fields as keywords. Raises ValueError on a bad one.
+    dtype: the nominal type, that of the `nn.Linear` replaced.
+    """
 
     def __init__(
         self,
@@ -116,23 +178,6 @@ class QuantLinear(nn.Module):
         raise NotImplementedError
 
     # -- what it gets for it ------------------------------------------------------------------------------------------
-
-    @classmethod
-    def make_scheme(cls, scheme: Scheme | None = None, **options: Any) -> Scheme:
-        """A checked Scheme from keywords; ValueError names each bad option."""
-        if scheme is not None:
-            if options:
-                raise ValueError(f"{cls.__name__}: give either scheme= or options, not both: {sorted(options)}")
-            if not isinstance(scheme, cls.Scheme):
-                raise ValueError(f"{cls.__name__} takes a {cls.__name__}.Scheme, got {type(scheme).__name__}")
-            return scheme
-        try:
-            return cls.Scheme(**options)
-        except ValidationError as error:
-            problems = "; ".join(_in_words(e) for e in error.errors())
-            raise ValueError(
-                f"{cls.__name__}: {problems} (options: {', '.join(cls.Scheme.model_fields) or 'none'})"
-            ) from None
 
     @classmethod
     def from_linear(
@@ -185,23 +230,6 @@ class QuantLinear(nn.Module):
             )
         y = self._linear(x.reshape(-1, self.in_features).contiguous())
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight (N, K) in the nominal dtype, computed at each access; read-only.
-
-        It is here for code that peeks at `.weight.dtype` or `.weight.device`. To change it, quantize again.
-        """
-        return self.dequantize().to(self.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self.scheme)

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..layers import QuantLinear
+from ..layers import QuantLayer
 from .errors import CheckpointError
+from .kinds import shape_of
 from .report import Report
 
 VERSION = 1
@@ -106,9 +107,9 @@ def save(
             shutil.rmtree(rest, ignore_errors=True)
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers by name, a shared one once under each of its names."""
-    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLayer)}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -169,13 +170,14 @@ def _fingerprint(file: Path) -> dict[str, Any]:
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _describe(layer: QuantLinear) -> dict[str, Any]:
+def _describe(layer: QuantLayer) -> dict[str, Any]:
+    n, k = shape_of(layer)
     return {
         "scheme": layer.scheme_name,
         "options": layer.scheme.model_dump(),
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "bias": layer.bias is not None,
+        "in_features": k,
+        "out_features": n,
+        "bias": getattr(layer, "bias", None) is not None,
         "dtype": str(layer.dtype).removeprefix("torch."),
     }
 
@@ -216,8 +218,8 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     config = dict(to_dict()) if callable(to_dict) else {}
     config.pop("quantization_config", None)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if config.get("tie_word_embeddings") and isinstance(head, QuantLinear):
-        config["tie_word_embeddings"] = False  # it was untied
+    if config.get("tie_word_embeddings") and isinstance(head, QuantLayer):
+        config["tie_word_embeddings"] = False  # no float weight is; "tied" says which codes are shared
     if config and not config.get("architectures"):
         config["architectures"] = [type(model).__name__]
     return config

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..layers import SCHEMES, QuantLinear
+from ..layers import EMBEDDINGS, QuantEmbedding, QuantLayer, tie
 from ..recipes import suggest
 from .checkpoint import (
     CONFIG,
@@ -27,8 +27,9 @@ from .checkpoint import (
     read_json,
 )
 from .errors import CheckpointError
-from .linears import shape_of
+from .kinds import empty, shape_of
 from .report import Report
+from .rules import ALL
 from .surgery import FLOATS, Site, find_sites, replace
 
 SHOW = 5
@@ -51,7 +52,7 @@ def load(
     """Load what `save` wrote.
 
     model: the original float model with any weights, also on the meta device, or a function that builds it.
-    Its linear layers are replaced in place and its tensors by those of the files (in their dtypes); it is
+    Its layers are replaced in place and its tensors by those of the files (in their dtypes); it is
     returned.
     device: where to load the tensors, e.g. "cuda"; otherwise where the model is, CPU for a model on meta.
     Strict: a missing, unexpected, misshaped or damaged tensor, an unknown version or scheme raises
@@ -79,14 +80,17 @@ def load(
         for site in sites:
             layer = layers[site.name]
             layer.report = reports.get(site.name)
-            if layer.bias is not None and site.module.bias is not None:
+            if site.is_embedding:
+                layer.padding_idx = site.module.padding_idx
+            elif layer.bias is not None and site.module.bias is not None:
                 layer.bias.requires_grad_(site.module.bias.requires_grad)
-            model = replace(model, site.names, layer)
+            model = replace(model, (site.names, layer))
         try:
             model.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
             raise CheckpointError(f"{path} is not for this model: {error}") from None
         _tie_again(model, tied)
+        _tie_codes(layers[site.name] for site in sites)
     return model if device is None else model.to(device)
 
 
@@ -123,8 +127,9 @@ def _check_places(path: Path, model: nn.Module, entries: dict[str, dict]) -> lis
             hint = f"; nearest: {', '.join(near)}" if near else ""
             problems.append(f"no layer {name!r} in the model{hint}")
             continue
-        if name not in sites:
-            problems.append(f"{name!r} is a {type(modules[name]).__name__} in the model, not a linear layer")
+        if name not in sites or sites[name].is_embedding != _is_embedding(entry):
+            wanted = "an embedding" if _is_embedding(entry) else "a linear layer"
+            problems.append(f"{name!r} is a {type(modules[name]).__name__} in the model, not {wanted}")
             continue
         site = sites[name]
         here, there = shape_of(site.module), (entry.get("out_features"), entry.get("in_features"))
@@ -138,33 +143,37 @@ def _check_places(path: Path, model: nn.Module, entries: dict[str, dict]) -> lis
     return list({id(sites[name]): sites[name] for name in entries}.values())
 
 
+def _is_embedding(entry: dict[str, Any]) -> bool:
+    return str(entry.get("scheme")) in EMBEDDINGS
+
+
 def _times(shape: tuple[Any, Any]) -> str:
     return " x ".join(map(repr, shape))
 
 
-def _build(path: Path, name: str, entry: dict[str, Any]) -> QuantLinear:
+def _build(path: Path, name: str, entry: dict[str, Any]) -> QuantLayer:
     """An empty layer on meta, from its entry in the config; its shape is known to be the model's."""
     where = f"{path / CONFIG}: layer {name!r}"
     missing = {"scheme", "options", "dtype", "in_features", "out_features", "bias"} - entry.keys()
     if missing:
         raise CheckpointError(f"{where}: the entry has no {', '.join(sorted(missing))}")
     scheme, options, dtype, bias = (entry[key] for key in ("scheme", "options", "dtype", "bias"))
-    if not isinstance(scheme, str) or scheme not in SCHEMES:
-        near = suggest(str(scheme), SCHEMES)
+    if not isinstance(scheme, str) or scheme not in ALL:
+        near = suggest(str(scheme), ALL)
         hint = f"; nearest: {near[0]}" if near else ""
         raise CheckpointError(f"{where}: no scheme {scheme!r} in this qgraft{hint}; upgrade qgraft?")
     if not isinstance(dtype, str) or dtype not in NAMED_FLOATS:
         raise CheckpointError(f"{where}: dtype {dtype!r} is none of {', '.join(NAMED_FLOATS)}")
     if not isinstance(bias, bool) or not isinstance(options, dict):
         raise CheckpointError(f"{where}: bias must be true or false, and options a mapping")
-    cls, (k, n) = SCHEMES[scheme], (entry["in_features"], entry["out_features"])
+    cls, shape = ALL[scheme], (entry["out_features"], entry["in_features"])
     try:
-        return cls(k, n, bias, scheme=cls.Scheme(**options), device="meta", dtype=NAMED_FLOATS[dtype])
+        return empty(cls, shape, cls.Scheme(**options), NAMED_FLOATS[dtype], bias)
     except (TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _expected(path: Path, model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, Kind]:
+def _expected(path: Path, model: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, Kind]:
     """Shape and type, by name, of every tensor that the model will want once its layers are replaced."""
     inside = tuple(join(name, "") for name in layers)
     kinds: dict[str, Kind] = {}
@@ -284,6 +293,16 @@ def _tie_again(model: nn.Module, tied: dict[str, str]) -> None:
         parameter = model.get_submodule(other)._parameters.get(other_leaf)
         if parameter is not None and leaf in parameters:
             parameters[leaf] = parameter
+
+
+def _tie_codes(layers: Iterable[QuantLayer]) -> None:
+    """A head that got the very codes of an embedding keeps sharing them, wherever the two are moved."""
+    layers = list(layers)
+    for embedding in layers:
+        for head in layers if isinstance(embedding, QuantEmbedding) else ():
+            same = all(head._buffers.get(name) is buffer for name, buffer in embedding._buffers.items())
+            if same and head is not embedding:
+                tie(embedding, head)
 
 
 def read_reports(path: Path) -> dict[str, Any]:

@@ -6,17 +6,18 @@ from dataclasses import replace as but
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from ..layers import SCHEMES, QuantLinear, Scheme, storage_bytes
-from ..recipes import Recipe, SchemeSpec, pattern_matches, suggest
+from ..layers import QuantLayer, Scheme, storage_bytes
+from ..recipes import Recipe
 from . import tables
 from .errors import PlanError
-from .linears import is_linear, shape_of
+from .kinds import empty, shape_of
+from .rules import Resolved, resolve_all, rule_for, unmatched
+from .sharing import shared_codes
 from .surgery import Site, find_sites
 
 UNTIED = "untied"
@@ -25,10 +26,12 @@ FREED = "untied, as all other owners of its weight are"
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One linear layer: its fate, and the bytes that it costs.
+    """One linear layer, or an embedding that a rule names: its fate, and the bytes that it costs.
 
     names: every path to it (shared modules have several). scheme is None where the layer stays as it is, and
     reason says why. bytes_before leaves out the weight of a layer to be untied if another owner keeps it.
+    in_features, out_features: of an embedding, its columns and rows. codes_of: the embedding whose codes a tied
+    head shares, and which counts their bytes.
     """
 
     names: tuple[str, ...]
@@ -42,6 +45,7 @@ class PlannedLayer:
     bytes_before: int
     bytes_after: int
     already: bool = False
+    codes_of: str = ""
 
     @property
     def name(self) -> str:
@@ -53,23 +57,24 @@ class PlannedLayer:
         return self.name or "(the model)"
 
     @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.in_features * self.out_features
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the float weight."""
-        return self.in_features * self.out_features * self.dtype.itemsize
+        return self.weights * self.dtype.itemsize
 
     @property
     def bits_per_weight(self) -> float:
         """Bits that a weight costs afterwards; scales, branch and bias are in it."""
-        weights = self.in_features * self.out_features
-        return 8 * self.bytes_after / weights if weights else 0.0
-
-
-Resolved = tuple[type[QuantLinear], Scheme]
+        return 8 * self.bytes_after / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)
 class Uncovered:
-    """Parameters of two or more dimensions that are no linear layer's, so that no rule can reach them."""
+    """Parameters of two or more dimensions that no rule can reach, or of an embedding that none names."""
 
     name: str
     kind: str
@@ -102,7 +107,7 @@ class Plan:
     @property
     def coverage(self) -> float:
         """Share of the model's weights that are, or will be, in quantized layers."""
-        done = sum(x.in_features * x.out_features for x in self.layers if x.scheme is not None)
+        done = sum(x.weights for x in self.layers if x.scheme is not None and not x.codes_of)
         return done / self.total_weights if self.total_weights else 0.0
 
     def table(self, every: bool = False) -> Table:
@@ -122,6 +127,7 @@ class Plan:
                     "shape": [x.out_features, x.in_features],
                     "scheme": x.scheme and {"name": x.scheme_name, **x.scheme.model_dump()},
                     "reason": x.reason,
+                    "codes_of": x.codes_of or None,
                     "bits_per_weight": x.bits_per_weight,
                     "bytes_before": x.bytes_before,
                     "bytes_after": x.bytes_after,
@@ -138,22 +144,29 @@ class Plan:
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     """Resolve the recipe against the model, also on meta. Raises PlanError with every problem."""
     sites = find_sites(model)
-    schemes, problems = _resolve_all(recipe)
-    problems += _unmatched(recipe, sites, model)
-    layers = []
+    schemes, problems = resolve_all(recipe)
+    problems += unmatched(recipe, sites, model)
+    owners = {}
+    if not problems:
+        owners, problems = shared_codes(sites, recipe, schemes)
+    planned = []
     for site in sites:
         try:
-            layers.append(_plan_site(site, recipe, schemes))
+            layer = _plan_site(site, recipe, schemes, owners)
+            if layer is not None:
+                planned.append((site, layer))
         except PlanError as error:
             problems.append(str(error))
     if problems:
         raise PlanError("\n".join(dict.fromkeys(problems)))
-    layers = _count_freed(sites, layers)
+    sites, layers = [site for site, _ in planned], _count_freed(planned)
     # An untied layer becomes a weight of its own, beside the one that the other owner keeps.
-    added = sum(x.in_features * x.out_features for x in layers if x.already or x.reason == UNTIED)
-    factors = {id(p) for s in sites if isinstance(s.module, QuantLinear) for p in _own_weights(s.module)}
+    added = sum(x.weights for x in layers if (x.already and not x.codes_of) or x.reason == UNTIED)
+    factors = {id(p) for s in sites if isinstance(s.module, QuantLayer) for p in _own_weights(s.module)}
     total = sum(p.numel() for p in _distinct(p for p in model.parameters() if id(p) not in factors)) + added
-    uncovered = _uncovered(model, {id(s.module) for s, x in zip(sites, layers, strict=True) if x.reason == UNTIED})
+    covered = [s.module for s, x in zip(sites, layers, strict=True) if x.reason != UNTIED]
+    untied = [s.module for s, x in zip(sites, layers, strict=True) if x.reason == UNTIED]
+    uncovered = _uncovered(model, covered, untied)
     return Plan(
         recipe=recipe,
         layers=tuple(layers),
@@ -164,26 +177,32 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     )
 
 
-def _plan_site(site: Site, recipe: Recipe, schemes: dict[tuple, Resolved]) -> PlannedLayer:
-    linear = site.module
-    n, k = shape_of(linear)
-    if isinstance(linear, QuantLinear):
-        size = storage_bytes(linear)
-        reason = f"already quantized ({linear.scheme_name})"
+def _plan_site(
+    site: Site, recipe: Recipe, schemes: dict[tuple, Resolved], owners: dict[str, str]
+) -> PlannedLayer | None:
+    """None for an embedding that no rule means. owners: see shared_codes()."""
+    module, kind = site.module, type(site.module).__name__
+    n, k = shape_of(module)
+    if isinstance(module, QuantLayer):
+        owner = owners.get(site.name, "")
+        size = _bias_bytes(module) if owner else storage_bytes(module)
+        reason = f"already quantized ({module.scheme_name})"
         return PlannedLayer(
-            site.names, type(linear).__name__, k, n, linear.dtype, linear.scheme_name, linear.scheme, reason,
-            size, size, already=True,
+            site.names, kind, k, n, module.dtype, module.scheme_name, module.scheme, reason, size, size,
+            already=True, codes_of=owner,
         )  # fmt: skip
     # Not `.weight`: a parametrized one is computed at each access, and spectral_norm changes the model by it.
-    own = [p for p in linear.parameters() if not is_lazy(p)]
-    weight = linear._parameters.get("weight")
+    own = [p for p in module.parameters() if not is_lazy(p)]
+    weight = module._parameters.get("weight")
     dtype = next((p.dtype for p in (weight, *own) if p is not None), torch.get_default_dtype())
     size = sum(map(_bytes, own))
 
     def leave(reason: str) -> PlannedLayer:
-        return PlannedLayer(site.names, type(linear).__name__, k, n, dtype, None, None, reason, size, size)
+        return PlannedLayer(site.names, kind, k, n, dtype, None, None, reason, size, size)
 
-    index, rule = next(((i, r) for i, r in enumerate(recipe.rules) if _matches(r.match, site)), (None, None))
+    index, rule = rule_for(site, recipe)
+    if site.is_embedding and rule is None:
+        return None
     if site.obstacle:
         return leave(site.obstacle)
     if rule is not None and rule.skip is not None:
@@ -191,7 +210,9 @@ def _plan_site(site: Site, recipe: Recipe, schemes: dict[tuple, Resolved]) -> Pl
     spec = rule.scheme if rule is not None else recipe.scheme
     if spec is None:
         return leave("no rule names it, and the recipe has no default scheme")
-    if site.tied and not (rule is not None and rule.untie):
+    owner = owners.get(site.name, "")
+    untie = site.tied and rule is not None and rule.untie and not owner
+    if site.tied and not untie and not owner:
         return leave(f"its weight is tied to {site.tied[0]}; a rule with `untie: true` would quantize a copy")
     if min(n, k) < recipe.min_features:
         return leave(f"smaller than min_features = {recipe.min_features}")
@@ -205,107 +226,35 @@ def _plan_site(site: Site, recipe: Recipe, schemes: dict[tuple, Resolved]) -> Pl
         if index is None:  # a default is not meant for each and every layer; a rule names what it means
             return leave(str(error))
         raise PlanError(str(recipe.error(path, f"layer '{site.label}': {error}"))) from None
-    after = storage_bytes(cls(k, n, linear.bias is not None, scheme=scheme, device="meta", dtype=dtype))
-    before = _bytes(linear.bias) if site.tied and linear.bias is not None else 0 if site.tied else size
+    has_bias = getattr(module, "bias", None) is not None
+    before, after = size, storage_bytes(empty(cls, (n, k), scheme, dtype, has_bias))
+    if untie:
+        before = _bias_bytes(module)
+    elif owner and owner != site.name:
+        before = after = _bias_bytes(module)
     return PlannedLayer(
-        site.names,
-        type(linear).__name__,
-        k,
-        n,
-        dtype,
-        cls.scheme_name,
-        scheme,
-        UNTIED if site.tied else "",
-        before,
-        after,
-    )
+        site.names, kind, k, n, dtype, cls.scheme_name, scheme, UNTIED if untie else "", before, after,
+        codes_of=owner if owner != site.name else "",
+    )  # fmt: skip
 
 
-def _resolve_all(recipe: Recipe) -> tuple[dict[tuple, Resolved], list[str]]:
-    """Every scheme of the recipe by its path in it, and what is wrong with the others, used or not."""
-    specs = [
-        (("scheme",), recipe.scheme),
-        *((("rules", i, "scheme"), r.scheme) for i, r in enumerate(recipe.rules)),
-    ]
-    schemes, problems = {}, []
-    for path, spec in specs:
-        if spec is None:
-            continue
-        try:
-            schemes[path] = resolve_scheme(recipe, path, spec)
-        except PlanError as error:
-            problems.append(str(error))
-    return schemes, problems
+def _bias_bytes(module: nn.Module) -> int:
+    bias = getattr(module, "bias", None)
+    return 0 if bias is None else _bytes(bias)
 
 
-def resolve_scheme(recipe: Recipe, path: tuple, spec: SchemeSpec) -> Resolved:
-    """The layer class and checked options that a recipe's scheme means; PlanError with file and line."""
-    cls = SCHEMES.get(spec.name)
-    if cls is None:
-        near = suggest(spec.name, SCHEMES)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise PlanError(
-            str(recipe.error((*path, "name"), f"no scheme '{spec.name}'{hint} (known: {', '.join(SCHEMES)})"))
-        )
-    try:
-        return cls, cls.Scheme(**spec.options)
-    except ValidationError as error:
-        raise PlanError(
-            "\n".join(str(recipe.error((*path, *e["loc"]), _in_words(e, cls))) for e in error.errors())
-        ) from None
-
-
-def _in_words(error: dict, cls: type[QuantLinear]) -> str:
-    if error["type"] == "extra_forbidden":
-        name, known = str(error["loc"][-1]), list(cls.Scheme.model_fields)
-        near = suggest(name, known)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"scheme {cls.scheme_name} has no option '{name}'{hint} (options: {', '.join(known) or 'none'})"
-    if error["type"] == "value_error":  # options that exclude each other: the Scheme's own words
-        return str(error["ctx"]["error"])
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
-
-
-def _matches(patterns: tuple[str, ...], site: Site) -> bool:
-    kind = type(site.module).__name__
-    # A layer that is quantized already still counts as what it may have been, so that a run can be continued.
-    kinds = (kind, "Linear", "Conv1D") if isinstance(site.module, QuantLinear) else (kind,)
-    return any(pattern_matches(p, name, c) for p in patterns for name in site.names for c in kinds)
-
-
-def _unmatched(recipe: Recipe, sites: list[Site], model: nn.Module) -> list[str]:
-    problems = []
-    for i, rule in enumerate(recipe.rules):
-        for j, pattern in enumerate(rule.match):
-            if not rule.optional and not any(_matches((pattern,), site) for site in sites):
-                problems.append(str(recipe.error(("rules", i, "match", j), _why_unmatched(pattern, sites, model))))
-    return problems
-
-
-def _why_unmatched(pattern: str, sites: list[Site], model: nn.Module) -> str:
-    names = [name for site in sites for name in site.names]
-    for other, module in model.named_modules(remove_duplicate=False):
-        if other and pattern_matches(pattern, other, type(module).__name__):
-            inside = any(name.startswith(f"{other}.") for name in names)
-            hint = f"; for those inside it write '{other}.*'" if inside else ""
-            return f"'{pattern}' matches '{other}', a {type(module).__name__}, but no linear layer{hint}"
-    near = suggest(pattern, names)
-    hint = f"the nearest names are {', '.join(map(repr, near))}" if near else "see the names with `qgraft plan`"
-    return f"'{pattern}' matches no linear layer; {hint} (a rule with `optional: true` may match nothing)"
-
-
-def _own_weights(layer: QuantLinear) -> list[nn.Parameter]:
+def _own_weights(layer: QuantLayer) -> list[nn.Parameter]:
     """Parameters in which a quantized layer keeps its weight, which is counted by its sizes."""
     return [p for name, p in layer.named_parameters() if name != "bias"]
 
 
-def _count_freed(sites: list[Site], layers: list[PlannedLayer]) -> list[PlannedLayer]:
+def _count_freed(planned: list[tuple[Site, PlannedLayer]]) -> list[PlannedLayer]:
     """A tied weight goes away when all its owners are quantized; the first of them then counts its bytes."""
-    todo = [x for x in layers if x.scheme is not None and not x.already]
+    todo = [x for _, x in planned if x.scheme is not None and not x.already]
     gone = {f"{name}.weight".lstrip(".") for x in todo for name in x.names}
     counted: set[str] = set()
     result = []
-    for site, layer in zip(sites, layers, strict=True):
+    for site, layer in planned:
         if layer.reason == UNTIED and gone.issuperset(site.tied) and counted.isdisjoint(site.tied):
             counted.update(f"{name}.weight".lstrip(".") for name in layer.names)
             layer = but(layer, reason=FREED, bytes_before=layer.bytes_before + layer.weight_bytes)
@@ -313,14 +262,12 @@ def _count_freed(sites: list[Site], layers: list[PlannedLayer]) -> list[PlannedL
     return result
 
 
-def _uncovered(model: nn.Module, untied: set[int]) -> tuple[Uncovered, ...]:
-    """untied: ids of the linear layers whose weight stays behind with its other owner."""
-    found, seen = [], set()
-    for module in model.modules():
-        if (is_linear(module) or isinstance(module, QuantLinear)) and id(module) not in untied:
-            seen.update(id(p) for p in module.parameters(recurse=False))
+def _uncovered(model: nn.Module, covered: list[nn.Module], untied: list[nn.Module]) -> tuple[Uncovered, ...]:
+    """untied: layers whose weight stays behind with its other owner."""
+    skip = {id(module) for module in untied}
+    found, seen = [], {id(p) for module in covered for p in module.parameters(recurse=False)}
     for name, module in model.named_modules():
-        if id(module) in untied:
+        if id(module) in skip:
             continue
         for leaf, p in module.named_parameters(recurse=False):
             if is_lazy(p) or p.ndim < 2 or id(p) in seen:

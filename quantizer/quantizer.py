@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..layers import SCHEMES, Stats, Unsuitable
+from ..layers import QuantLayer, QuantLinear, Stats, Unsuitable, tie
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
 from .errors import CalibrationError, PlanError, QuantizeError
-from .linears import as_linear
+from .kinds import as_linear, empty, quantized, shape_of
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure
+from .rules import ALL
 from .surgery import replace
 
 # Second moments of the layers calibrated in one pass over the data; more layers take more passes.
@@ -26,7 +28,7 @@ STATS_BYTES = 1 << 30
 
 
 class Quantizer:
-    """Quantizes the linear layers of a model.
+    """Quantizes the linear layers of a model, and the embeddings that a recipe names.
 
     model: any `nn.Module`, on CPU or GPU, in float32, bfloat16 or float16.
     """
@@ -84,17 +86,21 @@ class Quantizer:
             run = calibrate.make_runner(calibration, plan.recipe.calibration, tokenizer, progress)
         _check_data(plan, run)
         done, left = 0, []
-        with tqdm(total=len(plan.todo), desc="quantize", disable=None if progress else True) as bar:
-            for wave in _waves(plan.todo, calibrated=run is not None):
+        heads: dict[str, list[PlannedLayer]] = {}
+        for planned in plan.todo:
+            heads.setdefault(planned.codes_of, []).append(planned)
+        todo = tuple(heads.pop("", ()))  # a head that shares an embedding's codes is quantized together with it
+        with tqdm(total=len(todo), desc="quantize", disable=None if progress else True) as bar:
+            for wave in _waves(todo, calibrated=run is not None):
                 stats = self._collect(wave, run)
                 for planned in wave:
                     bar.set_postfix_str(planned.name, refresh=True)
                     try:
-                        self._graft(planned, stats.get(planned.name))
+                        self._graft(planned, stats.get(planned.name), heads.get(planned.name, []))
                     except Unsuitable as reason:
                         left.append(f"'{planned.label}': {reason}")
                     except (Exception, KeyboardInterrupt) as error:
-                        raise _explain(error, planned, done, len(plan.todo)) from error
+                        raise _explain(error, planned, done, len(todo)) from error
                     stats.pop(planned.name, None)
                     done += 1
                     bar.update()
@@ -106,7 +112,8 @@ class Quantizer:
     def _collect(self, wave: list[PlannedLayer], run: calibrate.Runner | None) -> dict[str, Stats]:
         if run is None:
             return {}
-        wanted = {p.name: SCHEMES[p.scheme_name].needs for p in wave}
+        wave = [p for p in wave if issubclass(ALL[p.scheme_name], QuantLinear)]  # an embedding gets ids, no activations
+        wanted = {p.name: ALL[p.scheme_name].needs for p in wave}
         stats = calibrate.collect(self.model, {n: self.model.get_submodule(n) for n in wanted}, wanted, run)
         missed = [planned for planned in wave if planned.name not in stats]
         for planned in missed:
@@ -122,16 +129,27 @@ class Quantizer:
             )
         return stats
 
-    def _graft(self, planned: PlannedLayer, stats: Stats | None) -> None:
+    def _graft(self, planned: PlannedLayer, stats: Stats | None, heads: list[PlannedLayer]) -> None:
+        """heads: what is tied to this embedding, and shares its codes."""
         start = time.perf_counter()
-        linear = as_linear(self.model.get_submodule(planned.name))
-        cls = SCHEMES[planned.scheme_name]
-        layer = cls.from_linear(linear, planned.scheme, stats=stats)
+        module = self.model.get_submodule(planned.name)
+        layer = quantized(module, ALL[planned.scheme_name], planned.scheme, stats)
         seconds = time.perf_counter() - start
-        layer.report = measure(planned.name, linear, layer, stats, planned.bytes_before, seconds)
+        layer.report = measure(planned.name, as_linear(module), layer, stats, planned.bytes_before, seconds)
         if not math.isfinite(layer.report.weight_error):
             raise ArithmeticError("the quantized weight is not finite")
-        self.model = replace(self.model, planned.names, layer)
+        swaps = [(planned.names, layer), *((head.names, self._head(head, layer)) for head in heads)]
+        self.model = replace(self.model, *swaps)
+
+    def _head(self, planned: PlannedLayer, embedding: QuantLayer) -> QuantLinear:
+        linear = self.model.get_submodule(planned.name)
+        head = empty(ALL[planned.scheme_name], shape_of(linear), planned.scheme, planned.dtype)
+        head._buffers.update({name: embedding._buffers[name] for name, b in head._buffers.items() if b is not None})
+        tie(embedding, head)
+        head.bias = linear.bias
+        row = replace_fields(embedding.report, name=planned.name, scheme=planned.scheme_name, seconds=0.0)
+        head.report = replace_fields(row, bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
+        return head
 
 
 def _waves(todo: tuple[PlannedLayer, ...], calibrated: bool) -> Iterator[list[PlannedLayer]]:
@@ -139,7 +157,7 @@ def _waves(todo: tuple[PlannedLayer, ...], calibrated: bool) -> Iterator[list[Pl
     wave: list[PlannedLayer] = []
     used = 0
     for planned in todo:
-        moment = "second_moment" in SCHEMES[planned.scheme_name].needs
+        moment = "second_moment" in ALL[planned.scheme_name].needs
         cost = 4 * planned.in_features**2 if calibrated and moment else 0
         if wave and used + cost > STATS_BYTES:
             yield wave

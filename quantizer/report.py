@@ -12,8 +12,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import QuantLinear, Stats, storage_bytes
+from ..layers import QuantLayer, Stats, storage_bytes
 from . import tables
+from .kinds import shape_of
 
 # A norm below this counts as zero in a ratio.
 TINY = 1e-15
@@ -52,7 +53,7 @@ class Report:
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
         """Collect the reports that the quantized layers of a model carry."""
-        found = (m.report for m in model.modules() if isinstance(m, QuantLinear))
+        found = (m.report for m in model.modules() if isinstance(m, QuantLayer))
         return cls(tuple(r for r in found if isinstance(r, LayerReport)))
 
     @classmethod
@@ -106,16 +107,17 @@ class Report:
 
 
 def measure(
-    name: str, linear: nn.Linear, layer: QuantLinear, stats: Stats | None, bytes_before: int, seconds: float
+    name: str, linear: nn.Module, layer: QuantLayer, stats: Stats | None, bytes_before: int, seconds: float
 ) -> LayerReport:
-    """Compare a quantized layer with the float one it came from."""
+    """Compare a quantized layer with the float one (an `nn.Linear` or `nn.Embedding`) that it came from."""
+    n, k = shape_of(layer)
     weight = linear.weight.detach().float()
     norm, error = _norm(weight), _norm(layer.dequantize() - weight)
     return LayerReport(
         name=name,
         scheme=layer.scheme_name,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
+        in_features=k,
+        out_features=n,
         weight_error=error / norm if norm else 0.0,
         output_sqnr=None if stats is None else _sqnr(linear, layer, stats.sample),
         bytes_before=bytes_before,
@@ -131,7 +133,7 @@ def _norm(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def _sqnr(linear: nn.Linear, layer: QuantLinear, sample: Tensor) -> float | None:
+def _sqnr(linear: nn.Linear, layer: QuantLayer, sample: Tensor) -> float | None:
     bias = None if linear.bias is None else linear.bias.detach().float()
     exact = F.linear(sample, linear.weight.detach().float(), bias)
     signal, noise = _norm(exact), _norm(layer(sample.to(layer.dtype)).float() - exact)

@@ -1,4 +1,4 @@
-"""Find and swap linear layers. Knows modules and names, not numbers."""
+"""Find and swap linear layers and embeddings. Knows modules and names, not numbers."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..layers import QuantLinear
-from .linears import is_conv1d, is_linear, is_plain
+from ..layers import QuantLayer
+from .kinds import base_of, is_embedding, is_linear, is_plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What `nn.Module.__call__` looks up on the module. The dicts move over as they are: a handle's `remove()`
@@ -31,7 +31,7 @@ FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEn
 
 @dataclass
 class Site:
-    """A place where a linear layer (or what replaced one) is.
+    """A place where a linear layer or an embedding (or what replaced one) is.
 
     names: every path to the module, more than one where it is shared; the root's path is "".
     obstacle: why it cannot be replaced, or "".
@@ -52,13 +52,17 @@ class Site:
         """The name, for messages; the root has none."""
         return self.name or "(the model)"
 
+    @property
+    def is_embedding(self) -> bool:
+        return is_embedding(self.module)
+
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every linear layer of the model, in the order of its modules, each module once."""
+    """Every linear layer and embedding of the model, in the order of its modules, each module once."""
     paths: dict[int, list[str]] = defaultdict(list)
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_linear(module) or isinstance(module, QuantLinear):
+        if is_linear(module) or is_embedding(module):
             paths[id(module)].append(name)
             modules[id(module)] = module
     owners = _weight_owners(model)
@@ -67,21 +71,19 @@ def find_sites(model: nn.Module) -> list[Site]:
     for key, module in modules.items():
         names = tuple(paths[key])
         site = Site(names, module)
-        if not isinstance(module, QuantLinear):
+        if not isinstance(module, QuantLayer):
             site.obstacle = adapters.get(id(module)) or _obstacle(module)
             site.tied = _tied(module, names, owners)
         sites.append(site)
     return sites
 
 
-def replace(model: nn.Module, names: tuple[str, ...], new: nn.Module) -> nn.Module:
-    """Put `new` where the modules `names` are; returns the model (`new` itself if it was the root).
+def replace(model: nn.Module, *swaps: tuple[tuple[str, ...], nn.Module]) -> nn.Module:
+    """Put each `new` of the pairs (names, new) where the modules `names` are; returns the model (`new` itself if it
+    was the root).
 
-    All places or none: an interrupt in between puts the old module back.
+    All places or none: an interrupt in between puts the old modules back.
     """
-    _take_over(model.get_submodule(names[0]), new)
-    if "" in names:
-        return new
     undo: list[tuple[dict, str, Any]] = []
 
     # Not setattr: ModuleDict keys and Sequential indices are no attribute names, and a class may override it.
@@ -90,13 +92,17 @@ def replace(model: nn.Module, names: tuple[str, ...], new: nn.Module) -> nn.Modu
         where[key] = value
 
     try:
-        for name in names:
-            parent_name, _, leaf = name.rpartition(".")
-            put(model.get_submodule(parent_name)._modules, leaf, new)
-            for module in _ancestors(model, name):
-                for kind, switch in FUSED.items():
-                    if isinstance(module, kind) and module.__dict__.get(switch):
-                        put(module.__dict__, switch, False)
+        for names, new in swaps:
+            _take_over(model.get_submodule(names[0]), new)
+            if "" in names:
+                return new
+            for name in names:
+                parent_name, _, leaf = name.rpartition(".")
+                put(model.get_submodule(parent_name)._modules, leaf, new)
+                for module in _ancestors(model, name):
+                    for kind, switch in FUSED.items():
+                        if isinstance(module, kind) and module.__dict__.get(switch):
+                            put(module.__dict__, switch, False)
     except BaseException:
         for where, key, value in reversed(undo):
             where[key] = value
@@ -119,27 +125,30 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
             new.__dict__[key] = value
 
 
-def _obstacle(linear: nn.Module) -> str:
-    kind = type(linear)
+def _obstacle(module: nn.Module) -> str:
+    kind = type(module)
     if kind.__name__ == "NonDynamicallyQuantizableLinear":
         return "out_proj of nn.MultiheadAttention, whose forward reads the weight and never calls this layer"
-    if parametrize.is_parametrized(linear):
+    if parametrize.is_parametrized(module):
         return "parametrized: its weight is computed at each access; remove_parametrizations() first"
-    if isinstance(linear.weight, nn.UninitializedParameter):
+    if isinstance(module.weight, nn.UninitializedParameter):
         return "a lazy layer without weights yet: run the model once first"
-    if not is_plain(linear):
+    if not is_plain(module):
         name = f"{kind.__module__}.{kind.__qualname__}"
-        base = "Conv1D" if is_conv1d(linear) else "nn.Linear"
-        return f"{name} is a subclass of {base} that may compute something else"
-    if "forward" in linear.__dict__:
+        return f"{name} is a subclass of {base_of(module)} that may compute something else"
+    if is_embedding(module):
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, option):
+                return f"{option} is for training its rows, and codes are not trained"
+    if "forward" in module.__dict__:
         return "its forward is replaced on the instance (accelerate hooks do so); remove that first"
-    extra = [*(set(linear._parameters) - {"weight", "bias"}), *linear._buffers, *linear._modules]
+    extra = [*(set(module._parameters) - {"weight", "bias"}), *module._buffers, *module._modules]
     if extra:
         return f"has more than weight and bias ({', '.join(sorted(extra))}), as weight_norm and pruning leave it"
-    if type(linear.weight) is not nn.Parameter or type(linear.weight.data) is not Tensor:
-        return f"its weight is a {type(linear.weight).__name__}, not a plain tensor"
-    if linear.weight.dtype not in FLOATS:
-        return f"its weight is {linear.weight.dtype}, not float"
+    if type(module.weight) is not nn.Parameter or type(module.weight.data) is not Tensor:
+        return f"its weight is a {type(module.weight).__name__}, not a plain tensor"
+    if module.weight.dtype not in FLOATS:
+        return f"its weight is {module.weight.dtype}, not float"
     return ""
 
 
@@ -175,9 +184,9 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _tied(linear: nn.Module, names: tuple[str, ...], owners: dict[int, list[str]]) -> tuple[str, ...]:
-    if parametrize.is_parametrized(linear) or isinstance(linear.weight, nn.UninitializedParameter):
+def _tied(module: nn.Module, names: tuple[str, ...], owners: dict[int, list[str]]) -> tuple[str, ...]:
+    if parametrize.is_parametrized(module) or isinstance(module.weight, nn.UninitializedParameter):
         return ()
     own = {f"{name}.{leaf}".lstrip(".") for name in names for leaf in ("weight", "bias")}
-    key = _storage(linear.weight)
+    key = _storage(module.weight)
     return tuple(n for n in owners.get(key, ()) if n not in own) if key is not None else ()

@@ -134,7 +134,11 @@ def _ranges(numbers: list[int]) -> str:
 def _scheme_text(layer) -> str:
     set_options = {k: v for k, v in layer.scheme if v != type(layer.scheme).model_fields[k].default}
     options = ", ".join(f"{k}={v}" for k, v in set_options.items())
-    return layer.scheme_name + (f" ({options})" if options else "") + (" (untied)" if layer.reason else "")
+    return layer.scheme_name + (f" ({options})" if options else "") + _how_tied(layer)
+
+
+def _how_tied(layer) -> str:
+    return f" (codes of {layer.codes_of})" if layer.codes_of else " (untied)" if layer.reason else ""
 
 
 def _uncovered_lines(plan: Plan) -> list[str]:

@@ -1,0 +1,81 @@
+"""The kinds of modules that can be replaced: linear layers and embeddings, each a weight (N, K)."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import QuantEmbedding, QuantLayer, QuantLinear, Scheme, Stats
+
+
+def is_linear(module: nn.Module) -> bool:
+    """`nn.Linear`, a subclass of it, or transformers' `Conv1D`; quantized ones too."""
+    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """`nn.Embedding`, a subclass of it, or a quantized one."""
+    return isinstance(module, (nn.Embedding, QuantEmbedding))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored as (K, N)."""
+    return isinstance(module, _conv1d())
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is of these classes exactly; a subclass may compute something else."""
+    return type(module) in (nn.Linear, nn.Embedding, *_conv1d())
+
+
+def base_of(module: nn.Module) -> str:
+    """The class that it is a subclass of, in words."""
+    return "nn.Embedding" if is_embedding(module) else "Conv1D" if is_conv1d(module) else "nn.Linear"
+
+
+def _conv1d() -> tuple[type, ...]:
+    # Looked up, not imported: a model can only hold one if transformers has been imported.
+    found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return () if found is None else (found,)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of its weight as a linear layer has it: outputs by inputs, or rows by columns of an embedding."""
+    if is_embedding(module):
+        return module.num_embeddings, module.embedding_dim
+    return (module.nf, module.nx) if is_conv1d(module) else (module.out_features, module.in_features)
+
+
+def float_weight(module: nn.Module) -> Tensor:
+    """The weight as (N, K), detached; a view of the module's own."""
+    weight = module.weight.detach()
+    return weight.t() if is_conv1d(module) else weight
+
+
+def quantized(module: nn.Module, cls: type[QuantLayer], scheme: Scheme, stats: Stats | None = None) -> QuantLayer:
+    """The layer of class `cls` that takes the place of a float module."""
+    if is_embedding(module):
+        return cls.from_embedding(module, scheme)
+    return cls.from_linear(as_linear(module), scheme, stats=stats)
+
+
+def empty(
+    cls: type[QuantLayer], shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, bias: bool = False
+) -> QuantLayer:
+    """A layer on meta, for a weight of this shape (N, K)."""
+    n, k = shape
+    if issubclass(cls, QuantEmbedding):
+        return cls(n, k, scheme=scheme, device="meta", dtype=dtype)
+    return cls(k, n, bias, scheme=scheme, device="meta", dtype=dtype)
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """The module itself if it is an `nn.Linear`, else one that computes the same and shares its bias."""
+    if not is_conv1d(module):
+        return module
+    n, k = shape_of(module)
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(float_weight(module).contiguous(), requires_grad=False)
+    linear.bias = module.bias
+    linear.train(module.training)
+    return linear
