@@ -1,4 +1,4 @@
-"""The GPU kernels through the compilers of four GPUs, none of which need be there.
+"""The GPU kernels through the compilers of five GPUs, none of which need be there.
 
 Every launch that the wrappers can make is caught (they run on meta tensors), specialised as the just-in-time compiler
 would, and compiled. Asserted: no register spills, shared and tensor memory that the GPU has, the tensor-core
@@ -21,10 +21,10 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 
-from qgraft.kernels.gpu import ahead, bitnet, configs, svdq_gemm, svdq_quantize, w4a16, w8a8, w8a16, w8a32
+from qgraft.kernels.gpu import ahead, bitnet, configs, nvfp4, svdq_gemm, svdq_quantize, w4a16, w8a8, w8a16, w8a32
 from qgraft.kernels.gpu.ahead import TARGETS
 
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
 TENSOR_MEMORY_COLUMNS = 512
 TOKENS = [8, 16, 64, 512]  # one of each kind of tile
 GROUPS = [16, 32, 64, 128, 256]
@@ -36,7 +36,12 @@ TABLE = "H200"
 
 
 def cases(target: str) -> list[tuple]:
-    found = [("w8a16", m, 4096, 4096, "bfloat16") for m in TOKENS[1:]] + [("w8a16", 512, 4096, 4096, "float16")]
+    fp4 = [("nvfp4", m, 4096, 4096, "bfloat16") for m in TOKENS[1:]]
+    fp4 += [("nvfp4", m, 37, 77, "float32") for m in (1, 301)]
+    if target == "sm_120":  # only what is made for it
+        return fp4
+    found = fp4 if target == "sm_100" else []
+    found += [("w8a16", m, 4096, 4096, "bfloat16") for m in TOKENS[1:]] + [("w8a16", 512, 4096, 4096, "float16")]
     found += [("w8a32", m, 4096, 4096, "float32") for m in TOKENS[1:]]
     found += [("w8a8", m, 4096, 4096, "bfloat16", static) for m, static in ((16, True), (64, False), (512, True))]
     found += [("bitnet", m, 4096, 4096, "bfloat16") for m in (16, 64, 512)]
@@ -130,6 +135,12 @@ def launch_bitnet(m, n, k, dtype):
     bitnet.bitnet_linear(meta(m, k, dtype=dtype), qweight, scale, meta(n, dtype=dtype))
 
 
+def launch_nvfp4(m, n, k, dtype):
+    groups = -(-k // 16)
+    qweight, scale = meta(n, 8 * groups, dtype="uint8"), meta(n, groups, dtype="float8_e4m3fn")
+    nvfp4.nvfp4_linear(meta(m, k, dtype=dtype), qweight, scale, meta(n, dtype="float32"), meta(n, dtype=dtype))
+
+
 def launch_w4a16(m, n, k, dtype, group_size, zero_point, rank):
     group_size = group_size or k
     groups = -(-k // group_size)
@@ -177,6 +188,7 @@ LAUNCHES = {
     "w8a32": lambda *args: launch_w8(w8a32, *args),
     "w8a8": launch_w8a8,
     "bitnet": launch_bitnet,
+    "nvfp4": launch_nvfp4,
     "w4a16": launch_w4a16,
     "gemm": launch_gemm,
     "quantize": launch_quantize,
@@ -222,6 +234,8 @@ def results() -> dict[str, dict]:
 
 def wanted_mma(target: str, result: dict, kernel: str, dtype: str) -> str:
     """The instruction of the main product, as a pattern."""
+    if kernel == "nvfp4":
+        return {"sm_100": r"tcgen05\.mma", "sm_120": r"mma\.sync"}[target] + r"\S+mxf4nvf4\.block_scale\.scale_vec::4X"
     integer = kernel in ("gemm", "w8a8", "bitnet")
     kind = "bf16" if kernel == "w8a32" or dtype == "bfloat16" else "f16"
     # To a tile of few tokens, or two warps, belong the instructions of a warp and not those of a warp group.
@@ -246,6 +260,8 @@ def test_a_launch_compiles_without_spills_to_the_instruction_that_was_meant(resu
     if kernel not in ("quantize", "smooth"):
         pattern = wanted_mma(target, result, kernel, case[5] if kernel == "gemm" else case[2])
         assert any(re.search(pattern, mma) for mma in result["mma"]), (pattern, result["mma"])
+        if kernel == "nvfp4":
+            assert result["machine_mma"] == [{"sm_100": "UTCOMMA", "sm_120": "OMMA"}[target]]
     else:
         assert result["mma"], "the projection goes through tensor cores"
         assert not any("tcgen05" in mma for mma in result["mma"]), result["mma"]
@@ -283,6 +299,14 @@ def test_on_hopper_the_weight_goes_into_the_product_from_registers(results, whic
         assert results[name(*which)]["from_registers"]
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if not nvfp4.has_nvfp4(TARGETS[target])])
+def test_a_gpu_without_nvfp4_is_refused_by_name(target):
+    refusal = f"Blackwell .*this GPU is {target}; .*w4"
+    with ahead.launches(target) as launches, pytest.raises(RuntimeError, match=refusal):
+        launch_nvfp4(8, 64, 64, "bfloat16")
+    assert not launches
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_that_can_be_chosen_is_compiled(results, target):
     tokens, features = range(1, 200, 5), (16, 48, 77, 1024, 2048, 2064, 4096, 4112, 5000, 8192, 20480)
@@ -293,6 +317,7 @@ def test_every_tile_that_can_be_chosen_is_compiled(results, target):
         "w8a32": [w8a32.config(m, k, gpu) for m in tokens for k in features],
         "w8a8": [w8a8.config(m, k, gpu) for m in tokens for k in features],
         "bitnet": [bitnet.config(m, -(-k // 4), gpu) for m in tokens for k in features],
+        "nvfp4": [nvfp4.config(m, 8 * -(-k // 16), gpu) for m in tokens for k in features if nvfp4.has_nvfp4(gpu)],
         "w4a16": [
             w4a16.config(m, words, gpu)
             for m in tokens
@@ -309,6 +334,8 @@ def test_every_tile_that_can_be_chosen_is_compiled(results, target):
             for k, rank, group, dtype in itertools.product(features, (0, 5, 32), GROUPS, dtypes)
         ],
     }
+    if target == "sm_120":
+        choices = {"nvfp4": choices["nvfp4"]}
     for kernel, tiles in choices.items():
         compiled = [results[name(target, None, case)].get("options", {}) for case in cases(target) if case[0] == kernel]
         for key, tile in {tile_key(tile): tile for tile in tiles}.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qgraft.kernels import ops, reference
+from qgraft.kernels import nvfp4, ops, reference
 from qgraft.kernels.packing import pack_int4, pack_ternary
 
 pytestmark = [
@@ -262,6 +262,23 @@ def test_w4a16_is_the_product_of_its_weight(m, n, k, group_size, zeros):
 def test_w4a16_with_each_of_its_parts(m, rank, smooth, rotate):
     problem = w4a16_problem(m, 300, 1000, torch.bfloat16, 64, True, rank, smooth, rotate)
     assert relative(ops.w4a16_linear(*problem), reference.w4a16_linear(*problem)) < 2 * EPSILON[torch.bfloat16]
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_nvfp4_is_the_product_of_its_codes_or_refused(m, n, k):
+    gpu = pytest.importorskip("qgraft.kernels.gpu.nvfp4")
+    x, weight = randn(m, k, dtype=torch.bfloat16), nvfp4.nvfp4_quantize(randn(n, k))
+    bias = randn(n, dtype=torch.bfloat16)
+    if not gpu.has_nvfp4(gpu.target_of(x)):
+        with pytest.raises(RuntimeError, match="NVFP4 needs the tensor cores of Blackwell"):
+            gpu.nvfp4_linear(x, *weight, bias)
+        return
+    for got, wanted in zip(gpu.quantize(x), nvfp4.nvfp4_quantize(x), strict=True):
+        assert torch.equal(got.float(), wanted.float())
+    y = gpu.nvfp4_linear(x, *weight, bias)
+    assert relative(y, nvfp4.nvfp4_linear(x, *weight, bias)) < EPSILON[torch.bfloat16]
+    assert torch.equal(gpu.nvfp4_linear(x, *weight, bias), y)
 
 
 def test_packed_unpacking_finds_every_code_in_its_place():

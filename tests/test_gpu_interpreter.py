@@ -80,6 +80,7 @@ if __name__ == "__main__":
     import triton
     import triton.language as tl
 
+    from qgraft.kernels.gpu import nvfp4
     from qgraft.kernels.gpu.common import bfloat16_terms
 
     @triton.jit
@@ -95,12 +96,20 @@ if __name__ == "__main__":
         terms_kernel[(1,)](x, result, len(x))
         return result
 
+    # pickle cannot take 8-bit floats back out, so they travel as bytes.
+    def nvfp4_quantize(x):
+        codes, scale, row_scale = nvfp4.quantize(x)
+        return codes, scale.view(torch.uint8), row_scale
+
+    def nvfp4_linear(x, qweight, scale, row_scale, bias):
+        return nvfp4.nvfp4_linear(x, qweight, scale.view(torch.float8_e4m3fn), row_scale, bias)
+
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever else prints must not mix with the answers
     serve(sys.stdin.buffer, answers)
     sys.exit()
 
-from qgraft.kernels import reference  # noqa: E402
+from qgraft.kernels import nvfp4, reference  # noqa: E402
 from qgraft.kernels.packing import pack_int4, pack_ternary  # noqa: E402
 
 
@@ -530,6 +539,48 @@ def test_bitnet_takes_the_largest_sums_zeros_nan_and_any_padding(kernels):
     assert torch.equal(kernels("bitnet.bitnet_linear", x[::2], qweight, torch.ones(2), None)[0], y[0])
     with pytest.raises(ValueError, match=r"bitnet_linear: qweight must have shape \(2, 1024\), got \(2, 1025\)"):
         kernels("bitnet.bitnet_linear", x[:, :4096], qweight, torch.ones(2), None)
+
+
+# ---- NVFP4 ----------------------------------------------------------------------------------------------------------
+
+
+def assert_same_nvfp4(kernels, x):
+    (codes, scale, row_scale), wanted = kernels("here.nvfp4_quantize", x), nvfp4.nvfp4_quantize(x)
+    assert torch.equal(row_scale, wanted[2]) and torch.equal(scale, wanted[1].view(torch.uint8))
+    assert torch.equal(codes, wanted[0])
+
+
+def nvfp4_weight(n, k):
+    """As it is sent, and as it is."""
+    codes, scale, row_scale = nvfp4.nvfp4_quantize(torch.randn(n, k))
+    return (codes, scale.view(torch.uint8), row_scale), (codes, scale, row_scale)
+
+
+def test_nvfp4_codes_and_scales_equal_the_reference(kernels):
+    assert_same_nvfp4(kernels, (torch.randn(3, 2100) * torch.randn(3, 2100).mul(2).exp()).half())
+    assert_same_nvfp4(kernels, torch.logspace(-6, 3, 1000)[None] * torch.tensor([[1.0], [-1.0], [0.0]]))
+    assert_same_nvfp4(kernels, torch.arange(-24, 25)[None].div(4.0))  # with every tie
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 37, 77), (17, 70, 1030), (65, 130, 256), (0, 9, 40)])
+def test_nvfp4_is_the_product_of_its_codes(kernels, m, n, k):
+    """By the plain form of the product: the interpreter has no block-scaled one."""
+    sent, weight = nvfp4_weight(n, k)
+    x, bias = torch.randn(m, k), torch.randn(n)
+    y = kernels("here.nvfp4_linear", x, *sent, bias)
+    assert y.shape == (m, n) and relative(y, nvfp4.nvfp4_linear(x, *weight, bias)) < 1e-6
+
+
+def test_nvfp4_keeps_nan_in_its_row_and_names_what_is_wrong(kernels):
+    (codes, scale, row_scale), _ = nvfp4_weight(5, 64)
+    x = torch.randn(3, 64)
+    x[1, 5] = float("nan")
+    y = kernels("here.nvfp4_linear", x, codes, scale, row_scale, None)
+    assert y[1].isnan().all() and y[::2].isfinite().all()
+    with pytest.raises(ValueError, match=r"nvfp4_linear: qweight must have shape \(5, 24\), got \(5, 32\)"):
+        kernels("here.nvfp4_linear", x[:, :48], codes, scale, row_scale, None)
+    with pytest.raises(TypeError, match="scale must be float8_e4m3fn, got float32"):
+        kernels("nvfp4.nvfp4_linear", x, codes, scale.float(), row_scale, None)
 
 
 # ---- many tokens ----------------------------------------------------------------------------------------------------

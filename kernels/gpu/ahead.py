@@ -25,6 +25,7 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -64,6 +65,7 @@ def built(launch: Launch, target: str) -> dict:
     shared               bytes of a program
     tensor_memory        columns (data-center Blackwell)
     mma                  the tensor-core instructions in it, sorted
+    machine_mma          what became of them in the machine code (CUDA), sorted
     from_registers       whether a product takes its first operand from registers (Hopper's wgmma)
     packed_layouts       the layouts of tensors that packed assembly works on
     loop                 instructions of the main loop's body, a warp; None without CUDA, or without such a loop
@@ -110,7 +112,8 @@ def _usage_cuda(cubin: bytes) -> dict:
             for what in ("-res-usage", "-sass")
         )
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage).groups())
-    return {"registers": registers, "spilled": stack + local, "loop": _main_loop(sass)}
+    return {"registers": registers, "spilled": stack + local, "loop": _main_loop(sass),
+            "machine_mma": sorted(set(re.findall(r"\b\w*MMA\b", sass)))}  # fmt: skip
 
 
 def _main_loop(sass: str) -> int | None:
