@@ -36,7 +36,8 @@ def test_codes_and_scales_are_those_of_the_definition_in_float64(bits, symmetric
         assert codes.min() >= first and codes.max() <= last and codes.unique().numel() > 1
         exact, s, z = x.float().double(), wide(scale, x).double(), wide(zero_point, x).double()
         ideal = ((exact / s).round() + z).clamp(first, last)
-        assert (codes.double() - ideal).abs().max() <= 1 and (codes != ideal).sum() <= 2  # ties, in float32
+        tie = ((exact / s).frac().abs() - 0.5).abs() < 1e-4  # in float32 it may fall to either side
+        assert ((codes.double() - ideal).abs() <= tie).all()
         real = QF.dequantize(codes, scale, zero_point)
         torch.testing.assert_close(real.double(), s * (codes.double() - z), rtol=1e-6, atol=0)
         at_the_ends = (codes == first) | (codes == last)
