@@ -3,6 +3,7 @@
 from .base import SCHEMES, QuantLayer, QuantLinear, Scheme, Unsuitable, register, storage_bytes, tie
 from .bitlinear import BitLinear, BitNetLinear, BitNetScheme
 from .embedding import EMBEDDINGS, EmbeddingW4, EmbeddingW8, QuantEmbedding
+from .experts import Experts, is_fused, why_not_split
 from .factorized import FactorizedLinear, FactorizedScheme, FactorizedW8Linear
 from .stats import Stats
 from .svdq import SVDQScheme, SVDQW4A4Linear, SVDQW4A8Linear
@@ -19,6 +20,7 @@ __all__ = [
     "BitNetScheme",
     "EmbeddingW4",
     "EmbeddingW8",
+    "Experts",
     "FactorizedLinear",
     "FactorizedScheme",
     "FactorizedW8Linear",
@@ -41,7 +43,9 @@ __all__ = [
     "W8A16Scheme",
     "W8A32Linear",
     "W8A32Scheme",
+    "is_fused",
     "register",
     "storage_bytes",
     "tie",
+    "why_not_split",
 ]

@@ -5,7 +5,8 @@
     out/report.json
 
 `quantization_config` holds {"quant_method": "qgraft", "version": 1, "layers": {name: {scheme, options,
-shape}}, "tied": {name: name of the tensor it shares}, "files": {name: {size, sha256}}}.
+shape}}, "tied": {name: name of the tensor it shares}, "files": {name: {size, sha256}}}, and where fused experts were
+split {"experts": {name: class}}.
 
 For each quantized layer the file also holds an empty tensor `<layer>.weight`: a client that ignores the
 quantization then stops at a wrong shape, where it would otherwise go on with random weights.
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..layers import QuantLayer
+from ..layers import Experts, QuantLayer
 from .errors import CheckpointError
 from .kinds import shape_of
 from .report import Report
@@ -90,6 +91,7 @@ def save(
             "version": VERSION,
             "layers": {name: _describe(layer) for name, layer in layers.items()},
             "tied": tied,
+            **_split_modules(model),
             "files": {f.name: _fingerprint(f) for f in sorted(work.glob("*.safetensors*"))},
         }
         _write_json(work / CONFIG, config)
@@ -112,6 +114,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLayer)}
 
 
+def _split_modules(model: nn.Module) -> dict[str, dict[str, str]]:
+    """{"experts": {name: class}} of the fused modules that were split into linear layers, if there are any."""
+    found = {n: m.kind.__name__ for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Experts)}
+    return {"experts": found} if found else {}
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The checked `quantization_config` of a checkpoint; CheckpointError says what is wrong with it."""
     file = Path(path) / CONFIG
@@ -124,7 +132,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{file}: written in version {quantization.get('version')!r} of the format, this qgraft reads "
             f"version {VERSION}; upgrade qgraft"
         )
-    for key, kind in (("layers", dict), ("tied", str), ("files", dict)):
+    quantization.setdefault("experts", {})  # only models with fused experts have it
+    for key, kind in (("layers", dict), ("tied", str), ("files", dict), ("experts", str)):
         entries = quantization.get(key)
         if not isinstance(entries, dict):
             raise CheckpointError(f"{file}: quantization_config.{key} is missing or no mapping")

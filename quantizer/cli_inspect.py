@@ -7,13 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
-from ..layers import SCHEMES
 from . import tables
 from .checkpoint import CONFIG, read_config, read_json
 from .cli_output import show, show_json
 from .errors import CheckpointError
-from .loading import read_kinds, read_reports, weight_files
+from .loading import read_reports
 from .report import Report
+from .rules import ALL
+from .weight_files import read_kinds, weight_files
 
 
 def inspect(path: Path, every: bool, as_json: bool) -> None:
@@ -110,7 +111,7 @@ def _table(found: dict[str, Any], every: bool) -> Table:
 
 def _scheme(layer: dict[str, Any]) -> str:
     """The scheme with the options that are not its defaults; all, if this qgraft does not know it."""
-    cls = SCHEMES.get(layer["scheme"])
+    cls = ALL.get(layer["scheme"])
     fields = cls.Scheme.model_fields if cls else {}
     options = {k: v for k, v in layer["options"].items() if k not in fields or v != fields[k].default}
     text = ", ".join(f"{name}={value}" for name, value in options.items())

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..layers import QuantLinear
+from ..layers import EMBEDDINGS, QuantLinear
 from .checkpoint import read_config
 from .cli_output import UsageError, say
 from .loading import _build
@@ -17,6 +17,8 @@ def run(folder: Path, tokens: tuple[int, ...], tune: bool, device: torch.device 
     entries = read_config(folder)["layers"]
     kinds: dict[str, str] = {}  # what a kernel is compiled for -> a layer of that kind
     for name, entry in entries.items():
+        if str(entry.get("scheme")) in EMBEDDINGS:
+            continue  # a look-up, for which nothing is compiled
         kinds.setdefault(repr(sorted(entry.items(), key=lambda item: item[0])), name)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if tune and device.type != "cuda":

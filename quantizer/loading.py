@@ -1,6 +1,5 @@
 """Load a checkpoint into a model: all is checked first, then all is put in place, or nothing."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,39 +7,20 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..layers import EMBEDDINGS, QuantEmbedding, QuantLayer, tie
+from ..layers import EMBEDDINGS, Experts, QuantEmbedding, QuantLayer, is_fused, tie, why_not_split
 from ..recipes import suggest
-from .checkpoint import (
-    CONFIG,
-    DTYPES,
-    GUARD,
-    INDEX,
-    REPORT,
-    WEIGHTS,
-    fingerprint_matches,
-    join,
-    read_config,
-    read_json,
-)
+from .checkpoint import CONFIG, GUARD, REPORT, join, read_config, read_json
 from .errors import CheckpointError
 from .kinds import empty, shape_of
 from .report import Report
 from .rules import ALL
-from .surgery import FLOATS, Site, find_sites, replace
+from .surgery import FLOATS, Site, find_sites, replace, split_experts
+from .weight_files import Kind, raise_all, read_kinds, read_tensors, some, weight_files
 
-SHOW = 5
-# What `save` calls its files; nothing else is opened, whatever a config or an index names.
-WEIGHT_FILE = re.compile(r"model(-\d{5,9}-of-\d{5,9})?\.safetensors")
 NAMED_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
-
-ALIGNMENT = 64
-
-Kind = tuple[tuple[int, ...], torch.dtype | None]  # shape and type; None: no type that `save` writes
 
 
 def load(
@@ -66,53 +46,53 @@ def load(
         if not isinstance(model, nn.Module):
             kind = type(model).__name__
             raise TypeError(f"the factory given as model= returned a {kind}, not an nn.Module")
+    with _all_or_nothing(model):
+        model = _fill(path, model, quantization, files, device)
+    return model if device is None else model.to(device)
+
+
+def _fill(
+    path: Path, model: nn.Module, quantization: dict[str, Any], files: list[Path], device: torch.device | str | None
+) -> nn.Module:
     entries, tied = quantization["layers"], quantization["tied"]
+    model = _split(path, model, quantization["experts"])
     sites = _check_places(path, model, entries)
     layers = {name: _build(path, name, entry) for name, entry in entries.items()}
     _check_tensors(path, _expected(path, model, layers), read_kinds(files), tied, layers)
     _check_meta(path, model)
     reports = read_reports(path)
     # From here on the files are known to fit.
-    tensors = _read_tensors(files, torch.device(device) if device is not None else _device_of(model))
+    tensors = read_tensors(files, torch.device(device) if device is not None else _device_of(model))
     state = {name: t for name, t in tensors.items() if not _is_guard(name, layers)}
     state.update({name: tensors[source] for name, source in tied.items()})
-    with _all_or_nothing(model):
-        for site in sites:
-            layer = layers[site.name]
-            layer.report = reports.get(site.name)
-            if site.is_embedding:
-                layer.padding_idx = site.module.padding_idx
-            elif layer.bias is not None and site.module.bias is not None:
-                layer.bias.requires_grad_(site.module.bias.requires_grad)
-            model = replace(model, (site.names, layer))
-        try:
-            model.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise CheckpointError(f"{path} is not for this model: {error}") from None
-        _tie_again(model, tied)
-        _tie_codes(layers[site.name] for site in sites)
-    return model if device is None else model.to(device)
+    for site in sites:
+        layer = layers[site.name]
+        layer.report = reports.get(site.name)
+        if site.is_embedding:
+            layer.padding_idx = site.module.padding_idx
+        elif layer.bias is not None and site.module.bias is not None:
+            layer.bias.requires_grad_(site.module.bias.requires_grad)
+        model = replace(model, (site.names, layer))
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is not for this model: {error}") from None
+    _tie_again(model, tied)
+    _tie_codes(layers[site.name] for site in sites)
+    return model
 
 
-def weight_files(path: Path, recorded: dict[str, dict]) -> list[Path]:
-    """The weight files, all of which match their checksums."""
-    _check_file_names(path / CONFIG, [name for name in recorded if name != INDEX])
-    _raise(fingerprint_matches(path / name, entry) for name, entry in recorded.items())
-    names = [WEIGHTS]
-    if INDEX in recorded:
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX}: has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        _check_file_names(path / INDEX, names)
-    _raise(f"{path / name}: not recorded in {CONFIG}" for name in names if name not in recorded)
-    return [path / name for name in names]
-
-
-def _check_file_names(where: Path, names: list[str]) -> None:
-    strange = [repr(name) for name in names if not WEIGHT_FILE.fullmatch(name)]
-    if strange:
-        raise CheckpointError(f"{where}: names files that qgraft does not write, refused: {_some(strange)}")
+def _split(path: Path, model: nn.Module, names: dict[str, str]) -> nn.Module:
+    """The model with the fused experts split that were split when it was saved."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problems = []
+    for name, kind in names.items():
+        module = modules.get(name)
+        if not isinstance(module, Experts) and (module is None or not is_fused(module) or why_not_split(module)):
+            what = "missing" if module is None else f"a {type(module).__name__} that cannot be split"
+            problems.append(f"{name!r} was split into experts from a {kind}; in the model it is {what}")
+    raise_all(problems, path)
+    return split_experts(model, (join(name, "0.down_proj") for name in names))
 
 
 def _check_places(path: Path, model: nn.Module, entries: dict[str, dict]) -> list[Site]:
@@ -139,7 +119,7 @@ def _check_places(path: Path, model: nn.Module, entries: dict[str, dict]) -> lis
             problems.append(f"{name!r} is {_times(here)} in the model, {_times(there)} in the checkpoint")
         elif any(entries.get(other) != entry for other in site.names):
             problems.append(f"{' and '.join(map(repr, site.names))} are one layer in the model, not in the checkpoint")
-    _raise(problems, path)
+    raise_all(problems, path)
     return list({id(sites[name]): sites[name] for name in entries}.values())
 
 
@@ -190,28 +170,6 @@ def _expected(path: Path, model: nn.Module, layers: dict[str, QuantLayer]) -> di
     return kinds
 
 
-def read_kinds(files: list[Path]) -> dict[str, Kind]:
-    """Shape and type, by name, of every tensor in the files; only their headers are read."""
-    kinds: dict[str, Kind] = {}
-    for file in files:
-        with _open(file, "cpu") as stream:
-            for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name in kinds:
-                    raise CheckpointError(f"{file}: holds {name!r}, which another file holds too")
-                part = stream.get_slice(name)
-                kinds[name] = tuple(part.get_shape()), BY_CODE.get(part.get_dtype())
-    return kinds
-
-
-@contextmanager
-def _open(file: Path, device: str) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt", device=device) as stream:
-            yield stream
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: no readable safetensors file: {error}") from None
-
-
 def _check_tensors(
     path: Path, expected: dict[str, Kind], found: dict[str, Kind], tied: dict[str, str], layers: dict
 ) -> None:
@@ -221,34 +179,21 @@ def _check_tensors(
     found |= {name: found[source] for name, source in tied.items() if source in found}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
-        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+        problems.append(f"{len(missing)} tensors are missing: {some(missing)}")
     if extra:
-        problems.append(f"{len(extra)} tensors are not the model's: {_some(extra)}")
+        problems.append(f"{len(extra)} tensors are not the model's: {some(extra)}")
     for name in sorted(expected.keys() & found.keys()):
         (shape, dtype), (file_shape, file_dtype) = expected[name], found[name]
         if shape != file_shape:
             problems.append(f"{name!r} has shape {file_shape} in the file, {shape} in the model")
         elif dtype != file_dtype and not (dtype in FLOATS and file_dtype in FLOATS):
             problems.append(f"{name!r} is {file_dtype or 'of an unknown type'} in the file, {dtype} in the model")
-    _raise(problems, path)
+    raise_all(problems, path)
 
 
 def _is_guard(name: str, layers: dict) -> bool:
     prefix, _, leaf = name.rpartition(".")
     return leaf == GUARD and prefix in layers
-
-
-def _read_tensors(files: list[Path], device: torch.device) -> dict[str, Tensor]:
-    tensors = {}
-    for file in files:
-        with _open(file, str(device)) as stream:
-            tensors.update({name: _aligned(stream.get_tensor(name)) for name in stream.keys()})  # noqa: SIM118
-    return tensors
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """A tensor that begins where torch would let it begin; a file puts it anywhere, and fast kernels mind."""
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -262,7 +207,7 @@ def _check_meta(path: Path, model: nn.Module) -> None:
     left = [n for n in left if n not in persistent]
     if left:
         raise CheckpointError(
-            f"{path}: the model computes {_some(left)} when it is built, and no checkpoint holds them; build "
+            f"{path}: the model computes {some(left)} when it is built, and no checkpoint holds them; build "
             "the model on CPU instead of meta"
         )
 
@@ -313,15 +258,3 @@ def read_reports(path: Path) -> dict[str, Any]:
         return {row.name: row for row in Report.from_dict(read_json(file)).layers}
     except (KeyError, ValidationError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from None
-
-
-def _raise(problems: Iterable[str], path: Path | None = None) -> None:
-    problems = [problem for problem in problems if problem]
-    if problems:
-        head = f"{path} is not for this model:\n" if path else ""
-        raise CheckpointError(head + _some(problems, "\n"))
-
-
-def _some(items: list[str], between: str = ", ") -> str:
-    more = f"{between}... and {len(items) - SHOW} more" if len(items) > SHOW else ""
-    return between.join(items[:SHOW]) + more

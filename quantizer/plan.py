@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..layers import QuantLayer, Scheme, storage_bytes
@@ -19,6 +18,7 @@ from .kinds import empty, shape_of
 from .rules import Resolved, resolve_all, rule_for, unmatched
 from .sharing import shared_codes
 from .surgery import Site, find_sites
+from .uncovered import Uncovered, bytes_of, distinct, find_uncovered
 
 UNTIED = "untied"
 FREED = "untied, as all other owners of its weight are"
@@ -70,18 +70,6 @@ class PlannedLayer:
     def bits_per_weight(self) -> float:
         """Bits that a weight costs afterwards; scales, branch and bias are in it."""
         return 8 * self.bytes_after / self.weights if self.weights else 0.0
-
-
-@dataclass(frozen=True)
-class Uncovered:
-    """Parameters of two or more dimensions that no rule can reach, or of an embedding that none names."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    bytes: int
-    numel: int
-    is_fused_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,15 +151,15 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     # An untied layer becomes a weight of its own, beside the one that the other owner keeps.
     added = sum(x.weights for x in layers if (x.already and not x.codes_of) or x.reason == UNTIED)
     factors = {id(p) for s in sites if isinstance(s.module, QuantLayer) for p in _own_weights(s.module)}
-    total = sum(p.numel() for p in _distinct(p for p in model.parameters() if id(p) not in factors)) + added
-    covered = [s.module for s, x in zip(sites, layers, strict=True) if x.reason != UNTIED]
+    total = sum(p.numel() for p in distinct(p for p in model.parameters() if id(p) not in factors)) + added
+    covered = [s.fused or s.module for s, x in zip(sites, layers, strict=True) if x.reason != UNTIED]
     untied = [s.module for s, x in zip(sites, layers, strict=True) if x.reason == UNTIED]
-    uncovered = _uncovered(model, covered, untied)
+    uncovered = find_uncovered(model, covered, untied)
     return Plan(
         recipe=recipe,
         layers=tuple(layers),
         uncovered=uncovered,
-        bytes_before=sum(map(_bytes, _distinct((*model.parameters(), *model.buffers())))),
+        bytes_before=sum(map(bytes_of, distinct((*model.parameters(), *model.buffers())))),
         total_weights=total,
         notes=_notes(layers, uncovered, total),
     )
@@ -195,7 +183,7 @@ def _plan_site(
     own = [p for p in module.parameters() if not is_lazy(p)]
     weight = module._parameters.get("weight")
     dtype = next((p.dtype for p in (weight, *own) if p is not None), torch.get_default_dtype())
-    size = sum(map(_bytes, own))
+    size = sum(map(bytes_of, own))
 
     def leave(reason: str) -> PlannedLayer:
         return PlannedLayer(site.names, kind, k, n, dtype, None, None, reason, size, size)
@@ -240,7 +228,7 @@ def _plan_site(
 
 def _bias_bytes(module: nn.Module) -> int:
     bias = getattr(module, "bias", None)
-    return 0 if bias is None else _bytes(bias)
+    return 0 if bias is None else bytes_of(bias)
 
 
 def _own_weights(layer: QuantLayer) -> list[nn.Parameter]:
@@ -262,24 +250,6 @@ def _count_freed(planned: list[tuple[Site, PlannedLayer]]) -> list[PlannedLayer]
     return result
 
 
-def _uncovered(model: nn.Module, covered: list[nn.Module], untied: list[nn.Module]) -> tuple[Uncovered, ...]:
-    """untied: layers whose weight stays behind with its other owner."""
-    skip = {id(module) for module in untied}
-    found, seen = [], {id(p) for module in covered for p in module.parameters(recurse=False)}
-    for name, module in model.named_modules():
-        if id(module) in skip:
-            continue
-        for leaf, p in module.named_parameters(recurse=False):
-            if is_lazy(p) or p.ndim < 2 or id(p) in seen:
-                continue
-            seen.add(id(p))
-            path, shape = f"{name}.{leaf}".lstrip("."), tuple(p.shape)
-            # (1, ...) is a position or class embedding.
-            experts = p.ndim == 3 and shape[0] > 1 and not isinstance(module, _ConvNd)
-            found.append(Uncovered(path, type(module).__name__, shape, _bytes(p), p.numel(), experts))
-    return tuple(found)
-
-
 def _notes(layers: list[PlannedLayer], uncovered: tuple[Uncovered, ...], total: int) -> tuple[str, ...]:
     notes = list(dict.fromkeys(x.scheme.note() for x in layers if x.scheme is not None and not x.already))
     notes = [note for note in notes if note]
@@ -288,7 +258,7 @@ def _notes(layers: list[PlannedLayer], uncovered: tuple[Uncovered, ...], total: 
         share = 100 * sum(u.numel for u in experts) / total
         notes.append(
             f"{len(experts)} fused 3-D parameters ({_first(u.name for u in experts)}) hold {share:.1f} % of "
-            "the weights and stay as they are: they are no linear layers, so no rule can reach them"
+            f"the weights and stay as they are: {'; '.join(dict.fromkeys(u.reason for u in experts))}"
         )
     untied = [x for x in layers if x.reason in (UNTIED, FREED)]
     grown = sum(x.bytes_after - x.bytes_before for x in untied)
@@ -308,16 +278,3 @@ def _notes(layers: list[PlannedLayer], uncovered: tuple[Uncovered, ...], total: 
 def _first(names: Iterable[str]) -> str:
     head, *rest = names
     return f"{head}, ..." if rest else head
-
-
-def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Each memory once: two parameters can share it without being one object."""
-    found = {}
-    for t in tensors:
-        if not is_lazy(t):
-            found.setdefault(id(t) if t.is_meta else t.data_ptr() or id(t), t)
-    return list(found.values())
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -21,7 +21,7 @@ from .kinds import as_linear, empty, quantized, shape_of
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure
 from .rules import ALL
-from .surgery import replace
+from .surgery import find_sites, replace, split_experts
 
 # Second moments of the layers calibrated in one pass over the data; more layers take more passes.
 STATS_BYTES = 1 << 30
@@ -69,7 +69,8 @@ class Quantizer:
         progress: bars for calibration and layers, shown on a terminal only.
 
         Memory: each float weight is released as its layer is replaced, so the peak stays under the model and
-        one layer's working set, plus up to 1 GiB of statistics if there is calibration data.
+        one layer's working set, plus up to 1 GiB of statistics if there is calibration data, and a copy of the
+        experts of one fused module while they are split.
         Interrupted or failed, every layer is either the original or finished; calling again goes on from
         there. Raises RecipeError and PlanError before anything is touched, CalibrationError if the data does
         not run, and QuantizeError if a layer fails. A layer that its options make no smaller stays as it is,
@@ -85,6 +86,7 @@ class Quantizer:
         if calibration is not None:
             run = calibrate.make_runner(calibration, plan.recipe.calibration, tokenizer, progress)
         _check_data(plan, run)
+        self.model = split_experts(self.model, (planned.name for planned in plan.todo))
         done, left = 0, []
         heads: dict[str, list[PlannedLayer]] = {}
         for planned in plan.todo:
@@ -170,8 +172,9 @@ def _waves(todo: tuple[PlannedLayer, ...], calibrated: bool) -> Iterator[list[Pl
 
 def _check_weights(model: nn.Module, plan: Plan) -> None:
     problems = []
+    modules = {site.name: site.module for site in find_sites(model)}
     for planned in plan.todo:
-        weight = model.get_submodule(planned.name).weight.detach()
+        weight = modules[planned.name].weight.detach()
         if weight.is_meta:
             problems.append(f"layer '{planned.label}' is on the meta device: load the model's weights first")
         elif not torch.isfinite(weight).all():

@@ -1,6 +1,7 @@
 """Find and swap linear layers and embeddings. Knows modules and names, not numbers."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..layers import QuantLayer
+from ..layers import Experts, QuantLayer, is_fused, why_not_split
 from .kinds import base_of, is_embedding, is_linear, is_plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,12 +37,16 @@ class Site:
     names: every path to the module, more than one where it is shared; the root's path is "".
     obstacle: why it cannot be replaced, or "".
     tied: names of the other parameters that share the weight's memory.
+    fused: the module whose 3-D parameters this layer, one of its experts, is a slice of until it is quantized.
+    inside: the class of that module, also once it is split.
     """
 
     names: tuple[str, ...]
     module: nn.Module
     obstacle: str = ""
     tied: tuple[str, ...] = ()
+    fused: nn.Module | None = None
+    inside: str = ""
 
     @property
     def name(self) -> str:
@@ -58,24 +63,52 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every linear layer and embedding of the model, in the order of its modules, each module once."""
-    paths: dict[int, list[str]] = defaultdict(list)
-    modules: dict[int, nn.Module] = {}
+    """Every linear layer and embedding of the model, in the order of its modules, each module once.
+
+    Fused experts count as the linear layers that `split_experts` would make of them.
+    """
+    found: dict[int, Site] = {}
+
+    def add(name: str, module: nn.Module) -> Site:
+        site = found.setdefault(id(module), Site((), module))
+        site.names += (name,)
+        return site
+
+    split: dict[int, Experts] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_linear(module) or is_embedding(module):
-            paths[id(module)].append(name)
-            modules[id(module)] = module
+            add(name, module)
+        elif is_fused(module) and not why_not_split(module):
+            if id(module) not in split:
+                split[id(module)] = Experts(module, copy=False)
+            for leaf, linear in split[id(module)].projections():
+                add(f"{name}.{leaf}".lstrip("."), linear).fused = module
+    for module in (*split.values(), *(m for m in model.modules() if isinstance(m, Experts))):
+        for _, layer in module.projections():
+            found[id(layer)].inside = module.kind.__name__
     owners = _weight_owners(model)
     adapters = _inside_adapters(model)
-    sites = []
-    for key, module in modules.items():
-        names = tuple(paths[key])
-        site = Site(names, module)
-        if not isinstance(module, QuantLayer):
-            site.obstacle = adapters.get(id(module)) or _obstacle(module)
-            site.tied = _tied(module, names, owners)
-        sites.append(site)
-    return sites
+    for site in found.values():
+        if not isinstance(site.module, QuantLayer):
+            site.obstacle = adapters.get(id(site.module)) or _obstacle(site.module)
+            site.tied = _tied(site, owners)
+    return list(found.values())
+
+
+def split_experts(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Replace fused experts by one linear layer for each, where any of the layers `names` is among them.
+
+    The model computes the same. The weights are copied, one module after another, and the fused ones let go.
+    """
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if is_fused(module) and not why_not_split(module):
+            paths[id(module)].append(path)
+    wanted = {name.rpartition(".")[0].rpartition(".")[0] for name in names}  # path.3.down_proj -> path
+    for places in paths.values():
+        if not wanted.isdisjoint(places):
+            model = replace(model, (tuple(places), Experts(model.get_submodule(places[0]))))
+    return model
 
 
 def replace(model: nn.Module, *swaps: tuple[tuple[str, ...], nn.Module]) -> nn.Module:
@@ -184,9 +217,13 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _tied(module: nn.Module, names: tuple[str, ...], owners: dict[int, list[str]]) -> tuple[str, ...]:
+def _tied(site: Site, owners: dict[int, list[str]]) -> tuple[str, ...]:
+    module = site.module
     if parametrize.is_parametrized(module) or isinstance(module.weight, nn.UninitializedParameter):
         return ()
-    own = {f"{name}.{leaf}".lstrip(".") for name in names for leaf in ("weight", "bias")}
-    key = _storage(module.weight)
+    own = {f"{name}.{leaf}".lstrip(".") for name in site.names for leaf in ("weight", "bias")}
+    if site.fused is not None:
+        homes = (".".join(name.split(".")[:-2]) for name in site.names)
+        own = {f"{home}.{leaf}".lstrip(".") for home in homes for leaf in site.fused._parameters}
+    key = _storage(site.fused.down_proj if site.fused is not None else module.weight)
     return tuple(n for n in owners.get(key, ()) if n not in own) if key is not None else ()
