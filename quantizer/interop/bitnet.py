@@ -92,10 +92,7 @@ def from_transformers(model: nn.Module) -> nn.Module:
     for module, (name, *_) in names.items():
         if module.rms_norm is not None:
             raise ValueError(f"layer '{name}' has a norm inside (use_rms_norm), which a BitNetLinear has not")
-    new = {module: _from_module(module) for module in names}
-    for module, paths in names.items():
-        model = replace(model, tuple(paths), new[module])
-    return model
+    return replace(model, *((tuple(paths), _from_module(module)) for module, paths in names.items()))
 
 
 def _from_module(module: nn.Module) -> BitNetLinear:
