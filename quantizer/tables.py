@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..layers import EMBEDDINGS
+
 if TYPE_CHECKING:
     from .plan import Plan
     from .report import Report
@@ -38,7 +40,7 @@ def to_text(table: Table, width: int = 100) -> str:
 def plan_table(plan: Plan, every: bool = False) -> Table:
     saved = 100 * (1 - plan.bytes_after / plan.bytes_before) if plan.bytes_before else 0.0
     caption = [
-        f"{len(plan.todo)} of {len(plan.layers)} linear layers, {100 * plan.coverage:.1f} % of the weights: "
+        f"{len(plan.todo)} of {len(plan.layers)} {_kinds(plan)}, {100 * plan.coverage:.1f} % of the weights: "
         f"{size(plan.bytes_before)} -> {size(plan.bytes_after)} ({saved:.0f} % less)",
         *_uncovered_lines(plan),
         *plan.notes,
@@ -135,6 +137,11 @@ def _scheme_text(layer) -> str:
     set_options = {k: v for k, v in layer.scheme if v != type(layer.scheme).model_fields[k].default}
     options = ", ".join(f"{k}={v}" for k, v in set_options.items())
     return layer.scheme_name + (f" ({options})" if options else "") + _how_tied(layer)
+
+
+def _kinds(plan: Plan) -> str:
+    named = any(layer.scheme_name in EMBEDDINGS for layer in plan.layers)
+    return "linear layers and embeddings" if named else "linear layers"
 
 
 def _how_tied(layer) -> str:

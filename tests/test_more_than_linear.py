@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from qgraft import Quantizer, QuantLinear, Recipe, load, save
 from qgraft.layers import EMBEDDINGS, SCHEMES
+from qgraft.quantizer.interop.huggingface import load_quantized
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -280,3 +281,20 @@ def test_an_interrupt_leaves_embedding_and_head_both_as_they_were(monkeypatch):
     monkeypatch.undo()
     quantize(model, recipe("w8a16", embedding_rule(W8)))
     assert is_tied(model)
+
+
+def test_a_hugging_face_model_with_a_tied_head_comes_back_tied_from_its_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(0, 64, (2, 9))
+    exact = model(ids).logits
+    quantize(model, recipe("w8a32", {"match": "Embedding", "scheme": W8}))
+    logits = model(ids).logits
+    assert F.cosine_similarity(logits, exact, dim=-1).min() > 0.999
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
+    save(model, tmp_path / "out")
+    loaded, _ = load_quantized(tmp_path / "out")
+    assert loaded.lm_head.qweight is loaded.model.embed_tokens.qweight and torch.equal(loaded(ids).logits, logits)
