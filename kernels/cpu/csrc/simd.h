@@ -37,6 +37,7 @@ constexpr int LANES = BYTES / 4;
 typedef int32_t Sums __attribute__((vector_size(BYTES)));
 
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // second-level cache
 
 inline float float_of(bf16 value) {
   const uint32_t bits = uint32_t(value) << 16;
@@ -79,13 +80,18 @@ inline F float_of_fp16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_
 inline void store_fp16(uint16_t* p, F x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline void store_bf16(bf16* p, F x) {  // to nearest, ties to even; NaN stays NaN
+#if QG_BF16
+// To nearest, ties to even; NaN stays NaN.
+inline void store_bf16(bf16* p, F x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+#else
+inline void store_bf16(bf16* p, F x) {
   const I bits = _mm512_castps_si512(x);
   const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   I out = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
   out = _mm512_mask_mov_epi32(out, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(out));
 }
+#endif
 // Floats that are integers in int8's range -> LANES bytes.
 inline void store_int8(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
 inline I and_i(I a, I b) { return _mm512_and_si512(a, b); }
