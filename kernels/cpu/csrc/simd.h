@@ -37,7 +37,6 @@ constexpr int LANES = BYTES / 4;
 typedef int32_t Sums __attribute__((vector_size(BYTES)));
 
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-inline void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // second-level cache
 
 inline float float_of(bf16 value) {
   const uint32_t bits = uint32_t(value) << 16;
