@@ -60,7 +60,7 @@ def _kind(data: Any) -> Any:
     if isinstance(data, dict) and data.get("rows"):
         if "ceilings" in data:
             return _layers
-        if "setting" in data:
+        if "setting" in data and "peers" in data:
             return _models
     return None
 
