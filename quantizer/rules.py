@@ -1,5 +1,7 @@
 """What the schemes and rules of a recipe mean in a model: names to classes, patterns to sites."""
 
+from collections import ChainMap
+
 from pydantic import ValidationError
 from torch import nn
 
@@ -10,7 +12,7 @@ from .errors import PlanError
 from .surgery import Site
 
 Resolved = tuple[type[QuantLayer], Scheme]
-ALL = {**SCHEMES, **EMBEDDINGS}
+ALL = ChainMap(SCHEMES, EMBEDDINGS)  # a view: a layer that is registered later is found too
 
 
 def resolve_all(recipe: Recipe) -> tuple[dict[tuple, Resolved], list[str]]:

@@ -125,7 +125,7 @@ def test_a_failed_replacement_leaves_the_fused_path_on(monkeypatch):
     old = model.layers[0].linear1
     model.layers[1]._modules["linear2"] = old  # one layer at two places, the second of which fails
     with pytest.raises(KeyboardInterrupt):
-        surgery.replace(model, ("layers.0.linear1", "layers.1.linear2"), Stop(WIDTH, FEED))
+        surgery.replace(model, (("layers.0.linear1", "layers.1.linear2"), Stop(WIDTH, FEED)))
     assert model.layers[0].linear1 is old and model.layers[1].linear2 is old
     assert model.use_nested_tensor and all(layer.activation_relu_or_gelu for layer in model.layers)
 
