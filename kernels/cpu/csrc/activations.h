@@ -74,27 +74,27 @@ inline void round_to(const float* x, int64_t count, float scale, float limit, fl
   }
 }
 
+// The scale with which the magnitude `most` takes so many steps; never 0, and NaN for NaN.
+inline float step_of(float most, float steps) {
+  const float scale = most / steps;
+  return scale < TINY ? TINY : scale;
+}
+
 // The token's scale; its codes go to codes (padded,), a multiple of LANES. Two-level for 4 bits, see reference.py.
 inline float quantize_token(const float* x, int64_t padded, int64_t group_size, int bits, int8_t* codes) {
+  const float most = absmax(x, padded);
   if (bits == 8) {
-    const float most = absmax(x, padded), scale = most / MAX_INT8;
-    const float used = scale < TINY ? TINY : scale;  // NaN stays NaN
-    round_to(x, padded, used, MAX_INT8, 1, codes);
-    return used;
+    const float scale = step_of(most, MAX_INT8);
+    round_to(x, padded, scale, MAX_INT8, 1, codes);
+    return scale;
   }
-  float most = 0;
+  const float scale = step_of(most, MAX_INT4 * MAX_GROUP_SCALE);
   for (int64_t g = 0; g < padded; g += group_size) {
-    const float here = absmax(x + g, group_size);
-    most = here > most || here != here ? here : most;
-    if (most != most) break;
-  }
-  const float scale = most / (MAX_INT4 * MAX_GROUP_SCALE), used = scale < TINY ? TINY : scale;
-  for (int64_t g = 0; g < padded; g += group_size) {
-    const float ratio = std::nearbyint(absmax(x + g, group_size) / (MAX_INT4 * used));
+    const float ratio = std::nearbyint(absmax(x + g, group_size) / (MAX_INT4 * scale));
     const float integer = std::min(std::max(ratio, 1.0f), MAX_GROUP_SCALE);
-    round_to(x + g, group_size, integer * used, MAX_INT4, integer, codes + g);
+    round_to(x + g, group_size, integer * scale, MAX_INT4, integer, codes + g);
   }
-  return used;
+  return scale;
 }
 
 // Rounded to codes with a float scale per group (4 bits) or per token (8 bits), and back, in place.
@@ -102,10 +102,29 @@ inline void round_groups(float* x, int64_t padded, int64_t group_size, int bits,
   const int64_t size = bits == 8 ? padded : group_size;
   const float limit = bits == 8 ? MAX_INT8 : MAX_INT4;
   for (int64_t g = 0; g < padded; g += size) {
-    const float scale = absmax(x + g, size) / limit, used = scale < TINY ? TINY : scale;
-    round_to(x + g, size, used, limit, 1, codes);
-    for (int64_t i = 0; i < size; i += LANES) store_f(x + g + i, mul(float_of_int8(codes + i), set_f(used)));
+    const float scale = step_of(absmax(x + g, size), limit);
+    round_to(x + g, size, scale, limit, 1, codes);
+    for (int64_t i = 0; i < size; i += LANES) store_f(x + g + i, mul(float_of_int8(codes + i), set_f(scale)));
   }
+}
+
+// Calls one(t, row, codes) for every token, in parallel, with room for `wide` floats and as many codes. Returns 0, or 1
+// when there is no memory.
+template <class One>
+int each_token(int64_t m, int64_t wide, const One& one) {
+  int failed = 0;
+#pragma omp parallel for if (m > 1 && m * wide > PARALLEL_WORK / 16)
+  for (int64_t t = 0; t < m; t++) {
+    float* row = (float*)scratch<0>(sizeof(float) * wide);
+    int8_t* codes = (int8_t*)scratch<1>(wide);
+    if (row && codes) {
+      one(t, row, codes);
+    } else {
+#pragma omp atomic write
+      failed = 1;
+    }
+  }
+  return failed;
 }
 
 // Codes in the order of features -> as `Grouped` multiplies them with int4 weights: of every 2 * BYTES features first

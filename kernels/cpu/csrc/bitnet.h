@@ -9,9 +9,8 @@ constexpr int64_t QUAD = 4 * BYTES;
 
 struct BitNet {
   const uint8_t* qweight;  // (N, packed)
-  const float* scale;      // (N,)
-  const float* act_scale;  // (M,)
   int64_t packed;          // bytes of a row
+  IntegerSums integer_sums;
   Output out;
 
   using Block = IntegerBlock;
@@ -28,15 +27,7 @@ struct BitNet {
       Integer::B* at = to.row(r);
       Sums sum = {};
       for (int64_t i = 0; i < to.length / 4; i += BYTES) {
-        I bytes;
-        if (i + BYTES <= inside) {
-          bytes = load_i(from + i);
-        } else {
-          uint8_t rest[BYTES];
-          memset(rest, 0x55, BYTES);  // four zeros
-          if (i < inside) memcpy(rest, from + i, inside - i);
-          bytes = load_i(rest);
-        }
+        const I bytes = load_bytes(from + i, inside - i, 0x55);  // past the end, four zeros
         for (int shift = 0; shift < 8; shift += 2)
           at = put_int8(at, shuffle_bytes(values, and_i(shift_right_16(bytes, shift), two_bits)), sum);
       }
@@ -45,30 +36,14 @@ struct BitNet {
   }
 
   void finish(int64_t m0, int64_t tokens, int64_t row, int rows, const int32_t* sums, int64_t ld, Block& block) const {
-    out.write(m0, tokens, row, rows, block.scratch, [&](int r, int count) {
-      const F step = load_some(scale, FLOAT32, row + r, count);
-      const Sums offset = block.offset(r, count, Integer::OFFSET);
-      return [=](int64_t m) {
-        return mul(mul(to_float(load_sums(sums + m * ld + r) - offset), set_f(act_scale[m0 + m])), step);
-      };
-    });
+    integer_sums.write(out, m0, tokens, row, rows, sums, ld, block);
   }
 };
 
 // x (M, K) float32 -> codes (M, wide) as `BitNet` multiplies them, and a scale for each token.
 inline int quantize_bitnet(const float* x, int64_t m, int64_t k, int64_t wide, Integer::A* codes, float* act_scale) {
-  int failed = 0;
-#pragma omp parallel for if (m > 1 && m * k > PARALLEL_WORK / 16)
-  for (int64_t t = 0; t < m; t++) {
-    float* row = (float*)scratch<0>(sizeof(float) * wide);
-    int8_t* bytes = (int8_t*)scratch<1>(wide);
-    if (!row || !bytes) {
-#pragma omp atomic write
-      failed = 1;
-      continue;
-    }
-    memcpy(row, x + t * k, sizeof(float) * k);
-    std::fill(row + k, row + wide, 0.0f);
+  return each_token(m, wide, [=](int64_t t, float* row, int8_t* bytes) {
+    prepare_token(x + t * k, nullptr, k, wide, false, 0, row);
     act_scale[t] = quantize_token(row, wide, wide, 8, bytes);
     Integer::A* to = codes + t * wide;
     for (int64_t i = 0; i < wide; i += QUAD) {
@@ -78,8 +53,7 @@ inline int quantize_bitnet(const float* x, int64_t m, int64_t k, int64_t wide, I
       to = put_codes(put_codes(to, even_bytes(even[0], even[1])), even_bytes(odd[0], odd[1]));
       to = put_codes(put_codes(to, odd_bytes(even[0], even[1])), odd_bytes(odd[0], odd[1]));
     }
-  }
-  return failed;
+  });
 }
 
 }  // namespace qg

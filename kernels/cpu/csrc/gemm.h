@@ -15,6 +15,8 @@
 
 namespace qg {
 
+inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
 // Kinds of product. A and B are the types of elements of A and of the unpacked weight, Sum that of sums. A step is STEP
 // features: one load_a and one load_b, B_STEP elements long, and a dot. TILE_M tokens fill the registers.
 struct Float32 {
@@ -115,7 +117,7 @@ inline void* scratch(size_t bytes) {
   static thread_local Buffer buffer;
   if (buffer.size < bytes) {
     free(buffer.data);
-    buffer.size = (bytes + 4095) / 4096 * 4096;
+    buffer.size = size_t(round_up(int64_t(bytes), 4096));
     buffer.data = aligned_alloc(64, buffer.size);
     if (!buffer.data) buffer.size = 0;
   }
@@ -213,7 +215,7 @@ int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, c
   for (int64_t task = 0; task < blocks * panels; task++) {
     const int64_t m0 = task / blocks * panel, tokens = std::min(panel, m - m0);
     const int64_t row = task % blocks * rows_max;
-    const int rows = int(std::min<int64_t>(rows_max, n - row)), tiled = (rows + TILE_N - 1) / TILE_N * TILE_N;
+    const int rows = int(std::min<int64_t>(rows_max, n - row)), tiled = int(round_up(rows, TILE_N));
     auto* data = (typename T::B*)scratch<0>(sizeof(typename T::B) * Unpacked<T>::elements(chunk) * rows_max);
     auto* sums = (typename T::Sum*)scratch<1>(sizeof(typename T::Sum) * panel * rows_max);
     auto* extra = (float*)scratch<2>(layer.scratch_bytes());

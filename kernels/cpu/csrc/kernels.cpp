@@ -10,8 +10,6 @@ using namespace qg;
 
 #define QG_EXPORT extern "C" __attribute__((visibility("default")))
 
-static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
 // Freed at the end of a call.
 template <class E>
 struct Memory {
@@ -34,7 +32,7 @@ static int w8(const typename T::A* x, int64_t ldx, const int8_t* qweight, const 
 // bfloat16.
 QG_EXPORT int32_t qg_w8(const void* x, int32_t x_type, int64_t ldx, const int8_t* qweight, const float* scale,
                         const void* bias, int32_t bias_type, void* y, int32_t type, int64_t m, int64_t n, int64_t k) {
-  const Output out{y, Type(type), n, bias, Type(bias_type), nullptr, nullptr, FLOAT32, 0};
+  const Output out{y, Type(type), n, bias, Type(bias_type)};
 #if QG_BF16
   if (x_type == BFLOAT16) return w8<Bfloat16>((const bf16*)x, ldx, qweight, scale, out, m, k);
 #endif
@@ -51,9 +49,9 @@ QG_EXPORT int32_t qg_w8a8(const float* x, const int8_t* qweight, const float* sc
   const Memory<int32_t> sums(m);
   if (!codes.data || !steps.data || !sums.data) return 1;
   if (quantize_w8a8(x, m, k, wide, act_scale, act_zero_point, codes.data, steps.data, sums.data)) return 1;
-  const Output out{y, Type(type), n, bias, Type(bias_type), nullptr, nullptr, FLOAT32, 0};
-  const W8A8 layer{qweight, scale, zero_point, steps.data, sums.data, act_zero_point, k, out};
-  return gemm<Integer>(codes.data, wide, m, n, wide, layer);
+  const Output out{y, Type(type), n, bias, Type(bias_type)};
+  const IntegerSums ends{scale, steps.data, Integer::OFFSET + act_zero_point, zero_point, sums.data};
+  return gemm<Integer>(codes.data, wide, m, n, wide, W8A8{qweight, k, ends, out});
 }
 
 QG_EXPORT int32_t qg_bitnet(const float* x, const uint8_t* qweight, const float* scale, const void* bias,
@@ -62,8 +60,9 @@ QG_EXPORT int32_t qg_bitnet(const float* x, const uint8_t* qweight, const float*
   const Memory<Integer::A> codes(m * wide);
   const Memory<float> steps(m);
   if (!codes.data || !steps.data || quantize_bitnet(x, m, k, wide, codes.data, steps.data)) return 1;
-  const Output out{y, Type(type), n, bias, Type(bias_type), nullptr, nullptr, FLOAT32, 0};
-  return gemm<Integer>(codes.data, wide, m, n, wide, BitNet{qweight, scale, steps.data, (k + 3) / 4, out});
+  const Output out{y, Type(type), n, bias, Type(bias_type)};
+  const IntegerSums ends{scale, steps.data, Integer::OFFSET};
+  return gemm<Integer>(codes.data, wide, m, n, wide, BitNet{qweight, (k + 3) / 4, ends, out});
 }
 
 // W4A16, and with act_bits 4 or 8 the layers with an SVD branch whose scales are floats per group. Groups are whole
@@ -81,7 +80,7 @@ QG_EXPORT int32_t qg_w4_float(const float* x, const float* smooth_factor, const 
     const Memory<typename T::A> act(m * padded);
     const Type rounded = act_bits ? FLOAT32 : out.type;
     if (!act.data) return 1;
-    if (prepare_w4a16<T>(x, smooth_factor, m, k, padded, group_size, rotate != 0, act_bits, rounded, act.data)) return 1;
+    if (prepare_w4a16<T>(x, smooth_factor, m, k, padded, group_size, rotate, act_bits, rounded, act.data)) return 1;
     const W4A16<T> layer{qweight, scale, Type(scale_type), zero_point, padded, group_size, out};
     return gemm<T>(act.data, padded, m, n, padded, layer);
   };
@@ -112,6 +111,6 @@ QG_EXPORT int32_t qg_svdq(const float* x, const float* smooth_factor, const void
   const Activations act{x, smooth_factor, m, k, padded, group_size, rotate != 0, bits};
   if (act.quantize(planes.data, nullptr, act_scale.data)) return 1;
   const Output out{y, Type(type), n, bias, Type(bias_type), lora.data, up, Type(up_type), rank};
-  const Svdq layer{qweight, group_scale, scale, act_scale.data, padded, group_size, out};
-  return gemm<Grouped>(planes.data, wide, m, n, wide, layer);
+  const IntegerSums ends{scale, act_scale.data, Grouped::OFFSET};
+  return gemm<Grouped>(planes.data, wide, m, n, wide, Svdq{qweight, group_scale, padded, group_size, ends, out});
 }

@@ -10,10 +10,10 @@ struct Output {
   int64_t n;
   const void* bias;  // (N,) of bias_type, or null
   Type bias_type;
-  const float* lora;  // (M, rank)
-  const void* up;     // (N, rank) of up_type; null with rank 0
-  Type up_type;
-  int64_t rank;
+  const float* lora = nullptr;  // (M, rank)
+  const void* up = nullptr;     // (N, rank) of up_type
+  Type up_type = FLOAT32;
+  int64_t rank = 0;
 
   static constexpr int AT_ONCE = 4;  // tokens
   size_t scratch_bytes() const { return sizeof(float) * rank * LANES; }
@@ -88,24 +88,40 @@ struct Output {
   }
 };
 
-// Integer sums of a block of rows, and the sums of those rows, which an offset of the activations adds to them.
+// The sums of the rows of a block, which an offset of the activations adds to integer products.
 struct IntegerBlock {
   float* scratch;
   int32_t row_sums[ROWS_MANY] = {};
-
-  // For LANES rows from r on. It may wrap around, and so may the sums: the difference is right.
-  Sums offset(int r, int count, int32_t times) const {
-    Sums out = {};
-    for (int i = 0; i < count; i++) out[i] = int32_t(uint32_t(times) * uint32_t(row_sums[r + i]));
-    return out;
-  }
 };
 
-inline Sums load_sums(const int32_t* p) {
-  Sums out;
-  memcpy(&out, p, sizeof out);
-  return out;
-}
+// The end of an integer product: act_scale scale (sums - offset sum qw - zw act_sums), then the branch and the bias.
+struct IntegerSums {
+  const float* scale;      // (N,)
+  const float* act_scale;  // (M,)
+  int32_t offset;          // of the codes of activations: what the product adds, and their zero point
+  const int8_t* zero_point = nullptr;  // of the weight, (N,); null for 0
+  const int32_t* act_sums = nullptr;   // of each token's codes less their zero point, (M,)
+
+  void write(const Output& out, int64_t m0, int64_t tokens, int64_t row, int rows, const int32_t* sums, int64_t ld,
+             const IntegerBlock& block) const {
+    out.write(m0, tokens, row, rows, block.scratch, [&](int r, int count) {
+      const F step = load_some(scale, FLOAT32, row + r, count);
+      Sums added = {}, zero = {};
+      for (int i = 0; i < count; i++) {
+        // It may wrap around, and so may the sums: the difference is right.
+        added[i] = int32_t(uint32_t(offset) * uint32_t(block.row_sums[r + i]));
+        if (zero_point) zero[i] = zero_point[row + r + i];
+      }
+      return [=](int64_t m) {
+        Sums exact;
+        memcpy(&exact, sums + m * ld + r, sizeof exact);
+        exact -= added;
+        if (zero_point) exact -= zero * act_sums[m0 + m];
+        return mul(mul(to_float(exact), set_f(act_scale[m0 + m])), step);
+      };
+    });
+  }
+};
 
 inline int32_t total(Sums sum) {
   int32_t out = 0;

@@ -250,6 +250,15 @@ inline Sums dot_bytes(Sums acc, I unsigned_a, I signed_b) {
 
 #endif
 
+// The vector at p, of which only `left` bytes are there: the others are `fill`.
+inline I load_bytes(const void* p, int64_t left, int fill = 0) {
+  if (left >= BYTES) return load_i(p);
+  alignas(64) uint8_t rest[BYTES];
+  memset(rest, fill, BYTES);
+  if (left > 0) memcpy(rest, p, size_t(left));
+  return load_i(rest);
+}
+
 // One lane of a vector per 16 bytes, each from its own address.
 inline I load_lanes(const void* const lanes[]) {
 #if QG_AVX512

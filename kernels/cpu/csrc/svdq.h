@@ -19,9 +19,8 @@ constexpr Products PRODUCTS;
 struct Svdq {
   const uint8_t* qweight;      // (N, padded / 2)
   const uint8_t* group_scale;  // (N, padded / group_size)
-  const float* scale;          // (N,)
-  const float* act_scale;      // (M,)
   int64_t padded, group_size;
+  IntegerSums integer_sums;
   Output out;
 
   using Block = IntegerBlock;
@@ -38,14 +37,7 @@ struct Svdq {
       Grouped::B* at = to.row(r);
       Sums sum = {};
       for (int64_t i = 0; i < to.length / 2; i += BYTES) {
-        I bytes;
-        if (i + BYTES <= inside) {
-          bytes = load_i(packed + i);
-        } else {
-          uint8_t rest[BYTES] = {};
-          if (i < inside) memcpy(rest, packed + i, inside - i);
-          bytes = load_i(rest);
-        }
+        const I bytes = load_bytes(packed + i, inside - i);
         const I nibble = set_bytes(15), low = and_i(bytes, nibble), high = and_i(shift_right_16(bytes, 4), nibble);
         at = put(integers, shift, start + 2 * i, low, high, at, sum);
       }
@@ -95,13 +87,7 @@ struct Svdq {
 #endif
 
   void finish(int64_t m0, int64_t tokens, int64_t row, int rows, const int32_t* sums, int64_t ld, Block& block) const {
-    out.write(m0, tokens, row, rows, block.scratch, [&](int r, int count) {
-      const F step = load_some(scale, FLOAT32, row + r, count);
-      const Sums offset = block.offset(r, count, Grouped::OFFSET);
-      return [=](int64_t m) {
-        return mul(mul(to_float(load_sums(sums + m * ld + r) - offset), set_f(act_scale[m0 + m])), step);
-      };
-    });
+    integer_sums.write(out, m0, tokens, row, rows, sums, ld, block);
   }
 };
 
@@ -113,29 +99,19 @@ struct Activations {
   bool rotate;
   int bits;
 
-  static int64_t wide(int64_t padded) { return (padded + 2 * BYTES - 1) / (2 * BYTES) * (2 * BYTES); }
+  static int64_t wide(int64_t padded) { return round_up(padded, 2 * BYTES); }
 
   // One of planes (M, wide) and codes (M, padded) is null.
   int quantize(uint8_t* planes, int8_t* codes, float* act_scale) const {
     const int64_t width = wide(padded);
-    int failed = 0;
-#pragma omp parallel for if (m > 1 && m * k > PARALLEL_WORK / 16)
-    for (int64_t t = 0; t < m; t++) {
-      float* row = (float*)scratch<0>(sizeof(float) * width);
-      int8_t* bytes = (int8_t*)scratch<1>(width);
-      if (!row || !bytes) {
-#pragma omp atomic write
-        failed = 1;
-        continue;
-      }
+    return each_token(m, width, [=](int64_t t, float* row, int8_t* bytes) {
       prepare_token(x + t * k, smooth_factor, k, padded, rotate, group_size, row);
       act_scale[t] = quantize_token(row, padded, group_size, bits, bytes);
       if (codes) memcpy(codes + t * padded, bytes, padded);
-      if (!planes) continue;
+      if (!planes) return;
       std::fill(bytes + padded, bytes + width, int8_t(0));
       to_planes(bytes, width, planes + t * width);
-    }
-    return failed;
+    });
   }
 };
 

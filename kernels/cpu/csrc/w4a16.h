@@ -110,16 +110,7 @@ inline bf16* put_activations(bf16* at, const F* value, Type) {
 template <class T>
 int prepare_w4a16(const float* x, const float* smooth_factor, int64_t m, int64_t k, int64_t padded, int64_t group_size,
                   bool rotate, int act_bits, Type type, typename T::A* act) {
-  int failed = 0;
-#pragma omp parallel for if (m > 1 && m * k > PARALLEL_WORK / 16)
-  for (int64_t t = 0; t < m; t++) {
-    float* row = (float*)scratch<0>(sizeof(float) * padded);
-    int8_t* codes = (int8_t*)scratch<1>(padded);
-    if (!row || !codes) {
-#pragma omp atomic write
-      failed = 1;
-      continue;
-    }
+  return each_token(m, padded, [=](int64_t t, float* row, int8_t* codes) {
     prepare_token(x + t * k, smooth_factor, k, padded, rotate, group_size, row);
     if (act_bits) round_groups(row, padded, group_size, act_bits, codes);
     typename T::A* at = act + t * padded;
@@ -133,8 +124,7 @@ int prepare_w4a16(const float* x, const float* smooth_factor, int64_t m, int64_t
       }
       at = put_activations(at, value, type);
     }
-  }
-  return failed;
+  });
 }
 
 }  // namespace qg
