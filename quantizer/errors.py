@@ -19,3 +19,9 @@ class QuantizeError(QGraftError, RuntimeError):
 
 class CheckpointError(QGraftError, RuntimeError):
     """A checkpoint is damaged, incomplete, or not for this model; nothing was loaded."""
+
+
+def some(items: list[str], between: str = ", ", show: int = 5) -> str:
+    """The first of them, for a message, and how many more there are."""
+    more = f"{between}... and {len(items) - show} more" if len(items) > show else ""
+    return between.join(items[:show]) + more

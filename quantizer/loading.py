@@ -13,12 +13,12 @@ from torch.nn.parameter import is_lazy
 from ..layers import EMBEDDINGS, Experts, QuantEmbedding, QuantLayer, is_fused, tie, why_not_split
 from ..recipes import suggest
 from .checkpoint import CONFIG, GUARD, REPORT, join, read_config, read_json
-from .errors import CheckpointError
+from .errors import CheckpointError, some
 from .kinds import empty, shape_of
 from .report import Report
 from .rules import ALL
 from .surgery import FLOATS, Site, find_sites, replace, split_experts
-from .weight_files import Kind, raise_all, read_kinds, read_tensors, some, weight_files
+from .weight_files import Kind, raise_all, read_kinds, read_tensors, weight_files
 
 NAMED_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 

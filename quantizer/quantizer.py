@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..layers import QuantLayer, QuantLinear, Stats, Unsuitable, tie
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
-from .errors import CalibrationError, PlanError, QuantizeError
+from .errors import CalibrationError, PlanError, QuantizeError, some
 from .kinds import as_linear, empty, quantized, shape_of
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure
@@ -107,8 +107,7 @@ class Quantizer:
                     done += 1
                     bar.update()
         if left:
-            more = f"\n... and {len(left) - 10} more" if len(left) > 10 else ""
-            warnings.warn("these layers stay as they are:\n" + "\n".join(left[:10]) + more, stacklevel=2)
+            warnings.warn("these layers stay as they are:\n" + some(left, "\n", show=10), stacklevel=2)
         return self.model
 
     def _collect(self, wave: list[PlannedLayer], run: calibrate.Runner | None) -> dict[str, Stats]:
@@ -149,8 +148,14 @@ class Quantizer:
         head._buffers.update({name: embedding._buffers[name] for name, b in head._buffers.items() if b is not None})
         tie(embedding, head)
         head.bias = linear.bias
-        row = replace_fields(embedding.report, name=planned.name, scheme=planned.scheme_name, seconds=0.0)
-        head.report = replace_fields(row, bytes_before=planned.bytes_before, bytes_after=planned.bytes_after)
+        head.report = replace_fields(
+            embedding.report,
+            name=planned.name,
+            scheme=planned.scheme_name,
+            bytes_before=planned.bytes_before,
+            bytes_after=planned.bytes_after,
+            seconds=0.0,
+        )
         return head
 
 
@@ -180,8 +185,7 @@ def _check_weights(model: nn.Module, plan: Plan) -> None:
         elif not torch.isfinite(weight).all():
             problems.append(f"layer '{planned.label}' has NaN or infinite weights")
     if problems:
-        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise PlanError("\n".join(problems[:10]) + more)
+        raise PlanError(some(problems, "\n", show=10))
 
 
 def _check_data(plan: Plan, run: calibrate.Runner | None) -> None:

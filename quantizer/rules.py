@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..layers import EMBEDDINGS, SCHEMES, QuantLayer, Scheme
-from ..recipes import Recipe, SchemeSpec, pattern_matches, suggest
+from ..recipes import Recipe, SchemeSpec, did_you_mean, pattern_matches, suggest
 from ..recipes.schema import Rule
 from .errors import PlanError
 from .surgery import Site
@@ -36,8 +36,7 @@ def resolve_scheme(recipe: Recipe, path: tuple, spec: SchemeSpec) -> Resolved:
     """The layer class and checked options that a recipe's scheme means; PlanError with file and line."""
     cls = ALL.get(spec.name)
     if cls is None:
-        near = suggest(spec.name, ALL)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(spec.name, ALL)
         raise PlanError(str(recipe.error((*path, "name"), f"no scheme '{spec.name}'{hint} (known: {', '.join(ALL)})")))
     if spec.name in EMBEDDINGS and path == ("scheme",):
         what = (
@@ -55,8 +54,7 @@ def resolve_scheme(recipe: Recipe, path: tuple, spec: SchemeSpec) -> Resolved:
 def _in_words(error: dict, cls: type[QuantLayer]) -> str:
     if error["type"] == "extra_forbidden":
         name, known = str(error["loc"][-1]), list(cls.Scheme.model_fields)
-        near = suggest(name, known)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(name, known)
         return f"scheme {cls.scheme_name} has no option '{name}'{hint} (options: {', '.join(known) or 'none'})"
     if error["type"] == "value_error":  # options that exclude each other: the Scheme's own words
         return str(error["ctx"]["error"])
@@ -73,12 +71,12 @@ def rule_for(site: Site, recipe: Recipe) -> tuple[int | None, Rule | None]:
 
 def _is_meant_for(rule: Rule, site: Site, recipe: Recipe) -> bool:
     if rule.skip is not None:
-        return not site.is_embedding or _quantizes_embeddings(recipe)
-    return (rule.scheme is not None and rule.scheme.name in EMBEDDINGS) == site.is_embedding
+        return not site.is_embedding or any(map(_quantizes_embeddings, recipe.rules))
+    return _quantizes_embeddings(rule) == site.is_embedding
 
 
-def _quantizes_embeddings(recipe: Recipe) -> bool:
-    return any(rule.scheme is not None and rule.scheme.name in EMBEDDINGS for rule in recipe.rules)
+def _quantizes_embeddings(rule: Rule) -> bool:
+    return rule.scheme is not None and rule.scheme.name in EMBEDDINGS
 
 
 def _matches(patterns: tuple[str, ...], site: Site) -> bool:
@@ -97,7 +95,7 @@ def unmatched(recipe: Recipe, sites: list[Site], model: nn.Module) -> list[str]:
         meant = [site for site in sites if _is_meant_for(rule, site, recipe)]
         for j, pattern in enumerate(rule.match):
             if not rule.optional and not any(_matches((pattern,), site) for site in meant):
-                what = "embedding" if rule.scheme is not None and rule.scheme.name in EMBEDDINGS else "linear layer"
+                what = "embedding" if _quantizes_embeddings(rule) else "linear layer"
                 why = _why_unmatched(pattern, what, meant, model)
                 problems.append(str(recipe.error(("rules", i, "match", j), why)))
     return problems

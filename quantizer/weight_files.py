@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checkpoint import CONFIG, DTYPES, INDEX, WEIGHTS, fingerprint_matches, read_json
-from .errors import CheckpointError
+from .errors import CheckpointError, some
 
-SHOW = 5
 # What `save` calls its files; nothing else is opened, whatever a config or an index names.
 WEIGHT_FILE = re.compile(r"model(-\d{5,9}-of-\d{5,9})?\.safetensors")
 BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
@@ -85,9 +84,3 @@ def raise_all(problems: Iterable[str], path: Path | None = None) -> None:
     if problems:
         head = f"{path} is not for this model:\n" if path else ""
         raise CheckpointError(head + some(problems, "\n"))
-
-
-def some(items: list[str], between: str = ", ") -> str:
-    """The first of them, and how many more there are."""
-    more = f"{between}... and {len(items) - SHOW} more" if len(items) > SHOW else ""
-    return between.join(items[:SHOW]) + more

@@ -5,7 +5,7 @@ from .files import shipped_recipes
 from .loader import load_recipe
 from .match import pattern_matches
 from .schema import CalibrationSpec, Recipe, Rule, SchemeSpec
-from .suggest import suggest
+from .suggest import did_you_mean, suggest
 
 __all__ = [
     "CalibrationSpec",
@@ -13,6 +13,7 @@ __all__ = [
     "RecipeError",
     "Rule",
     "SchemeSpec",
+    "did_you_mean",
     "load_recipe",
     "pattern_matches",
     "shipped_recipes",
