@@ -78,26 +78,40 @@ def save(
         tensors[join(name, GUARD)] = torch.empty(0, dtype=torch.int8)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        shards = plan_shards({name: nbytes(t) for name, t in tensors.items()}, shard_bytes)
+        for file, names in shards.items():
+            write_shard(work / file, {name: tensors[name] for name in names})
+        write_index(work, shards, sum(map(nbytes, tensors.values())))
+        finish(work, path, model, tied, extra_files)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def finish(work: Path, path: Path, model: nn.Module, tied: dict[str, str], extra_files: Iterable[str | Path]) -> None:
+    """Give a folder with weight files all else that a checkpoint has, and put it in the place of `path`.
+
+    model: its quantized layers are described; it may be on meta. On an error, what was at `path` stays there.
+    """
+    work.chmod(0o755)
+    Report.of(model).save(work / REPORT)
+    for file in work.glob("*.safetensors"):
+        shutil.copymode(work / REPORT, file)  # safetensors lets nobody but the owner read what it writes
+    config = _model_config(model)
+    config["quantization_config"] = {
+        "quant_method": "qgraft",
+        "version": VERSION,
+        "layers": {name: _describe(layer) for name, layer in quantized_layers(model).items()},
+        "tied": tied,
+        **_split_modules(model),
+        "files": {f.name: _fingerprint(f) for f in sorted(work.glob("*.safetensors*"))},
+    }
+    _write_json(work / CONFIG, config)
+    for file in map(Path, extra_files):
+        if not (work / file.name).exists():
+            shutil.copy2(file, work / file.name)
     old = work.with_name(work.name + ".old")
     try:
-        work.chmod(0o755)
-        _write_weights(work, tensors, shard_bytes)
-        Report.of(model).save(work / REPORT)
-        for file in work.glob("*.safetensors"):
-            shutil.copymode(work / REPORT, file)  # safetensors lets nobody but the owner read what it writes
-        config = _model_config(model)
-        config["quantization_config"] = {
-            "quant_method": "qgraft",
-            "version": VERSION,
-            "layers": {name: _describe(layer) for name, layer in layers.items()},
-            "tied": tied,
-            **_split_modules(model),
-            "files": {f.name: _fingerprint(f) for f in sorted(work.glob("*.safetensors*"))},
-        }
-        _write_json(work / CONFIG, config)
-        for file in map(Path, extra_files):
-            if not (work / file.name).exists():
-                shutil.copy2(file, work / file.name)
         if path.exists():
             _keep_other_files(path, work)
             os.replace(path, old)
@@ -105,8 +119,7 @@ def save(
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
-        for rest in (work, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -234,26 +247,34 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
+def nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors, from the bytes of each tensor; a larger one than a shard has its own."""
+    shards: list[list[str]] = [[]]
     used = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+    for name, size in sizes.items():
         if shards[-1] and used + size > shard_bytes:
-            shards.append({})
+            shards.append([])
             used = 0
-        shards[-1][name] = tensor
+        shards[-1].append(name)
         used += size
     if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
-        return
-    index: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, file))
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_index(folder: Path, shards: dict[str, list[str]], total_bytes: int) -> None:
+    """Which file holds which tensor, where there are several."""
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def _write_json(file: Path, data: dict[str, Any]) -> None:
