@@ -12,7 +12,7 @@ from .checkpoint import CONFIG, read_config, read_json
 from .cli_output import show, show_json
 from .errors import CheckpointError
 from .loading import read_reports
-from .report import Report
+from .report import LayerReport, Report
 from .rules import ALL
 from .weight_files import read_kinds, weight_files
 
@@ -61,7 +61,7 @@ def summary(path: Path) -> dict[str, Any]:
                 "shape": list(shape),
                 "bytes": size,
                 "bits_per_weight": 8 * size / math.prod(shape),
-                "report": asdict(reports[name]) if name in reports else None,
+                "report": _numbers(reports[name]) if name in reports else None,
             }
         )
     weights = sum(math.prod(layer["shape"]) for layer in layers if not layer["same_as"])
@@ -76,6 +76,11 @@ def summary(path: Path) -> dict[str, Any]:
         "bits_per_weight": 8 * quantized / weights if weights else 0.0,
         "layers": layers,
     }
+
+
+def _numbers(report: LayerReport) -> dict[str, Any]:
+    """Without the histograms, which are for the HTML report."""
+    return {key: value for key, value in asdict(report).items() if key != "details"}
 
 
 def _owner(tensor: str) -> str:

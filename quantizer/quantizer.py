@@ -59,6 +59,7 @@ class Quantizer:
         tokenizer: Any = None,
         inplace: bool = True,
         progress: bool = True,
+        details: bool = False,
     ) -> nn.Module:
         """Quantize as the recipe says, and return the model.
 
@@ -67,6 +68,8 @@ class Quantizer:
         schemes that want data work from the weights alone.
         inplace: False quantizes a copy (and needs the memory for it); `self.model` is then the copy.
         progress: bars for calibration and layers, shown on a terminal only.
+        details: record histograms and singular values of each layer for the HTML report; a few kB a layer, and
+        longer by a second for a large one.
 
         Memory: each float weight is released as its layer is replaced, so the peak stays under the model and
         one layer's working set, plus up to 1 GiB of statistics if there is calibration data, and a copy of the
@@ -98,7 +101,7 @@ class Quantizer:
                 for planned in wave:
                     bar.set_postfix_str(planned.name, refresh=True)
                     try:
-                        self._graft(planned, stats.get(planned.name), heads.get(planned.name, []))
+                        self._graft(planned, stats.get(planned.name), heads.get(planned.name, []), details)
                     except Unsuitable as reason:
                         left.append(f"'{planned.label}': {reason}")
                     except (Exception, KeyboardInterrupt) as error:
@@ -130,13 +133,15 @@ class Quantizer:
             )
         return stats
 
-    def _graft(self, planned: PlannedLayer, stats: Stats | None, heads: list[PlannedLayer]) -> None:
+    def _graft(
+        self, planned: PlannedLayer, stats: Stats | None, heads: list[PlannedLayer], details: bool = False
+    ) -> None:
         """heads: what is tied to this embedding, and shares its codes."""
         start = time.perf_counter()
         module = self.model.get_submodule(planned.name)
         layer = quantized(module, ALL[planned.scheme_name], planned.scheme, stats)
         seconds = time.perf_counter() - start
-        layer.report = measure(planned.name, as_linear(module), layer, stats, planned.bytes_before, seconds)
+        layer.report = measure(planned.name, as_linear(module), layer, stats, planned.bytes_before, seconds, details)
         if not math.isfinite(layer.report.weight_error):
             raise ArithmeticError("the quantized weight is not finite")
         swaps = [(planned.names, layer), *((head.names, self._head(head, layer)) for head in heads)]

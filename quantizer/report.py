@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..layers import QuantLayer, Stats, storage_bytes
 from . import tables
+from .details import layer_details
 from .kinds import shape_of
 
 # A norm below this counts as zero in a ratio.
@@ -27,6 +28,7 @@ class LayerReport:
     weight_error: |W - W_dequantized| / |W|, Frobenius norms. output_sqnr: 10 log10(|y|^2 / |y - y_q|^2) in dB
     on a sample of calibration tokens, activation quantization included; None without data, or where the
     output overflows. tokens: how many calibration tokens the layer saw. seconds: time to quantize it.
+    details: what layer_details() recorded, where that was asked for.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LayerReport:
     bytes_after: int
     tokens: int
     seconds: float
+    details: dict[str, Any] | None = None
 
 
 ROWS = TypeAdapter(tuple[LayerReport, ...])
@@ -65,8 +68,9 @@ class Report:
         return {"version": 1, "layers": [asdict(row) for row in self.layers]}
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write JSON, one line a layer."""
+        rows = ",\n".join(json.dumps(asdict(row)) for row in self.layers)
+        Path(path).write_text(f'{{"version": 1, "layers": [\n{rows}\n]}}\n', encoding="utf-8")
 
     def table(self, every: bool = False) -> Table:
         """A rich table; layers that differ only in numbers stand in one line (mean errors) unless `every`."""
@@ -107,7 +111,13 @@ class Report:
 
 
 def measure(
-    name: str, linear: nn.Module, layer: QuantLayer, stats: Stats | None, bytes_before: int, seconds: float
+    name: str,
+    linear: nn.Module,
+    layer: QuantLayer,
+    stats: Stats | None,
+    bytes_before: int,
+    seconds: float,
+    details: bool = False,
 ) -> LayerReport:
     """Compare a quantized layer with the float one (an `nn.Linear` or `nn.Embedding`) that it came from."""
     n, k = shape_of(layer)
@@ -124,6 +134,7 @@ def measure(
         bytes_after=storage_bytes(layer),
         tokens=0 if stats is None else stats.tokens,
         seconds=seconds,
+        details=layer_details(weight, layer, stats) if details else None,
     )
 
 
