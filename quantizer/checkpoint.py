@@ -6,7 +6,8 @@
 
 `quantization_config` holds {"quant_method": "qgraft", "version": 1, "layers": {name: {scheme, options,
 shape}}, "tied": {name: name of the tensor it shares}, "files": {name: {size, sha256}}}, and where fused experts were
-split {"experts": {name: class}}.
+split {"experts": {name: class}}. "files" is empty where transformers' `save_pretrained` wrote the folder, which knows
+no checksums.
 
 For each quantized layer the file also holds an empty tensor `<layer>.weight`: a client that ignores the
 quantization then stops at a wrong shape, where it would otherwise go on with random weights.
@@ -69,13 +70,10 @@ def save(
     Raises CheckpointError if the model has no quantized layer, or state that safetensors cannot hold.
     """
     path = Path(path).resolve()
-    layers = quantized_layers(model)
-    if not layers:
+    if not quantized_layers(model):
         raise CheckpointError("the model has no quantized layer: call Quantizer(model).quantize(...) first")
     check_target(path)
-    tensors, tied = _tensors(model)
-    for name in layers:
-        tensors[join(name, GUARD)] = torch.empty(0, dtype=torch.int8)
+    tensors, tied = contents(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -98,14 +96,8 @@ def finish(work: Path, path: Path, model: nn.Module, tied: dict[str, str], extra
     for file in work.glob("*.safetensors"):
         shutil.copymode(work / REPORT, file)  # safetensors lets nobody but the owner read what it writes
     config = _model_config(model)
-    config["quantization_config"] = {
-        "quant_method": "qgraft",
-        "version": VERSION,
-        "layers": {name: _describe(layer) for name, layer in quantized_layers(model).items()},
-        "tied": tied,
-        **_split_modules(model),
-        "files": {f.name: _fingerprint(f) for f in sorted(work.glob("*.safetensors*"))},
-    }
+    config["quantization_config"] = describe(model, tied)
+    config["quantization_config"]["files"] = {f.name: _fingerprint(f) for f in sorted(work.glob("*.safetensors*"))}
     _write_json(work / CONFIG, config)
     for file in map(Path, extra_files):
         if not (work / file.name).exists():
@@ -120,6 +112,28 @@ def finish(work: Path, path: Path, model: nn.Module, tied: dict[str, str], extra
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to write, guards included, and which names share with which.
+
+    Raises CheckpointError for state that safetensors cannot hold.
+    """
+    tensors, tied = _tensors(model)
+    tensors.update({join(name, GUARD): torch.empty(0, dtype=torch.int8) for name in quantized_layers(model)})
+    return tensors, tied
+
+
+def describe(model: nn.Module, tied: dict[str, str]) -> dict[str, Any]:
+    """The `quantization_config` of a model, which may be on meta, without the checksums of files."""
+    return {
+        "quant_method": "qgraft",
+        "version": VERSION,
+        "layers": {name: _describe(layer) for name, layer in quantized_layers(model).items()},
+        "tied": tied,
+        **_split_modules(model),
+        "files": {},
+    }
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -137,7 +151,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The checked `quantization_config` of a checkpoint; CheckpointError says what is wrong with it."""
     file = Path(path) / CONFIG
     config = read_json(file)
-    quantization = config.get("quantization_config")
+    return check_config(config.get("quantization_config"), file)
+
+
+def check_config(quantization: Any, file: str | Path) -> dict[str, Any]:
+    """The same for one that has been read already; `file` is where from."""
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qgraft":
         raise CheckpointError(f"{file}: not a qgraft checkpoint (no quantization_config of ours)")
     if quantization.get("version") != VERSION:

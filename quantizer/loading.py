@@ -54,17 +54,39 @@ def load(
 def _fill(
     path: Path, model: nn.Module, quantization: dict[str, Any], files: list[Path], device: torch.device | str | None
 ) -> nn.Module:
-    entries, tied = quantization["layers"], quantization["tied"]
-    model = _split(path, model, quantization["experts"])
-    sites = _check_places(path, model, entries)
-    layers = {name: _build(path, name, entry) for name, entry in entries.items()}
-    _check_tensors(path, _expected(path, model, layers), read_kinds(files), tied, layers)
+    tied = quantization["tied"]
+    model, sites, layers = fit(path, model, quantization, files)
     _check_meta(path, model)
     reports = read_reports(path)
     # From here on the files are known to fit.
     tensors = read_tensors(files, torch.device(device) if device is not None else _device_of(model))
     state = {name: t for name, t in tensors.items() if not _is_guard(name, layers)}
     state.update({name: tensors[source] for name, source in tied.items()})
+    model = put(model, sites, layers, reports)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is not for this model: {error}") from None
+    _tie_again(model, tied)
+    tie_codes(layers[site.name] for site in sites)
+    return model
+
+
+def fit(
+    path: Path, model: nn.Module, quantization: dict[str, Any], files: list[Path]
+) -> tuple[nn.Module, list[Site], dict[str, QuantLayer]]:
+    """The model with its experts split as the checkpoint has them, the places of its quantized layers, and these,
+    empty on meta, by name. CheckpointError where model, config and files do not fit together to the last tensor."""
+    entries = quantization["layers"]
+    model = _split(path, model, quantization["experts"])
+    sites = _check_places(path, model, entries)
+    layers = {name: _build(path, name, entry) for name, entry in entries.items()}
+    _check_tensors(path, _expected(path, model, layers), read_kinds(files), quantization["tied"], layers)
+    return model, sites, layers
+
+
+def put(model: nn.Module, sites: list[Site], layers: dict[str, QuantLayer], reports: dict[str, Any]) -> nn.Module:
+    """The model with the layers in their places."""
     for site in sites:
         layer = layers[site.name]
         layer.report = reports.get(site.name)
@@ -73,12 +95,6 @@ def _fill(
         elif layer.bias is not None and site.module.bias is not None:
             layer.bias.requires_grad_(site.module.bias.requires_grad)
         model = replace(model, (site.names, layer))
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} is not for this model: {error}") from None
-    _tie_again(model, tied)
-    _tie_codes(layers[site.name] for site in sites)
     return model
 
 
@@ -240,7 +256,7 @@ def _tie_again(model: nn.Module, tied: dict[str, str]) -> None:
             parameters[leaf] = parameter
 
 
-def _tie_codes(layers: Iterable[QuantLayer]) -> None:
+def tie_codes(layers: Iterable[QuantLayer]) -> None:
     """A head that got the very codes of an embedding keeps sharing them, wherever the two are moved."""
     layers = list(layers)
     for embedding in layers:

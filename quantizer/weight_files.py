@@ -22,18 +22,30 @@ Kind = tuple[tuple[int, ...], torch.dtype | None]  # shape and type; None: no ty
 
 
 def weight_files(path: Path, recorded: dict[str, dict]) -> list[Path]:
-    """The weight files, all of which match their checksums."""
+    """The weight files, all of which match their checksums; those of the index where nothing is recorded."""
+    if not recorded:
+        return _unrecorded(path)
     _check_file_names(path / CONFIG, [name for name in recorded if name != INDEX])
     raise_all(fingerprint_matches(path / name, entry) for name, entry in recorded.items())
-    names = [WEIGHTS]
-    if INDEX in recorded:
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX}: has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        _check_file_names(path / INDEX, names)
+    names = _in_index(path) if INDEX in recorded else [WEIGHTS]
     raise_all(f"{path / name}: not recorded in {CONFIG}" for name in names if name not in recorded)
     return [path / name for name in names]
+
+
+def _unrecorded(path: Path) -> list[Path]:
+    """As transformers chooses: one file goes before an index."""
+    names = [WEIGHTS] if (path / WEIGHTS).is_file() or not (path / INDEX).is_file() else _in_index(path)
+    raise_all(f"{path / name}: missing" for name in names if not (path / name).is_file())
+    return [path / name for name in names]
+
+
+def _in_index(path: Path) -> list[str]:
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX}: has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    _check_file_names(path / INDEX, names)
+    return names
 
 
 def _check_file_names(where: Path, names: list[str]) -> None:
