@@ -16,10 +16,12 @@ from .layers import (
     SVDQW4A4Linear,
     SVDQW4A8Linear,
     W4A16Linear,
+    W4GroupLinear,
     W8A8Linear,
     W8A8StaticLinear,
     W8A16Linear,
     W8A32Linear,
+    W8GroupLinear,
 )
 from .quantizer import Plan, Quantizer, Report
 from .quantizer.checkpoint import save
@@ -43,10 +45,12 @@ __all__ = [
     "SVDQW4A4Linear",
     "SVDQW4A8Linear",
     "W4A16Linear",
+    "W4GroupLinear",
     "W8A8Linear",
     "W8A8StaticLinear",
     "W8A16Linear",
     "W8A32Linear",
+    "W8GroupLinear",
     "functional",
     "load",
     "load_recipe",

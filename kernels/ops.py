@@ -1,6 +1,6 @@
 """One torch op per scheme: schema, shapes, gradients, autocast, and which backend answers on which device.
 
-``torch.ops.qgraft.{w8a32_linear, w8a16_linear, w8a8_linear, w4a16_linear, bitnet_linear, svdq_linear,
+``torch.ops.qgraft.{w8a32_linear, w8a16_linear, w8_group_linear, w8a8_linear, w4a16_linear, bitnet_linear, svdq_linear,
 svdq_quantize}``. Declared with `torch.library.Library` rather than `custom_op`, which costs 30 microseconds more a call
 on the host. No layer knows on which device it runs: the dispatcher picks `cpu/` for CPU tensors, `gpu/` for CUDA and
 ROCm ones where Triton is installed and there is a kernel, and `reference.py` for any other device (with one warning,
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cpu import grouped as cpu_grouped
 from .cpu import linear as cpu
 
 _lib = torch.library.Library("qgraft", "DEF")
@@ -26,6 +27,10 @@ _SVDQ_ARGS = (
 )
 _lib.define("w8a32_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
 _lib.define("w8a16_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
+_lib.define(
+    "w8_group_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, "
+    "int group_size) -> Tensor"
+)
 _lib.define(
     "w8a8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? act_scale, "
     "Tensor? act_zero_point, Tensor? bias) -> Tensor"
@@ -43,6 +48,7 @@ _lib.define(
 
 w8a32_linear = torch.ops.qgraft.w8a32_linear
 w8a16_linear = torch.ops.qgraft.w8a16_linear
+w8_group_linear = torch.ops.qgraft.w8_group_linear
 w8a8_linear = torch.ops.qgraft.w8a8_linear
 w4a16_linear = torch.ops.qgraft.w4a16_linear
 bitnet_linear = torch.ops.qgraft.bitnet_linear
@@ -98,6 +104,12 @@ def _gpu(module: str, function: str) -> Callable | None:
 
 _register("w8a32_linear", reference.w8_linear, cpu.w8a32_linear, _gpu("w8a32", "w8a32_linear"))
 _register("w8a16_linear", reference.w8_linear, cpu.w8a16_linear, _gpu("w8a16", "w8a16_linear"))
+_register(
+    "w8_group_linear",
+    reference.w8_group_linear,
+    cpu_grouped.w8_group_linear,
+    _gpu("w8_group", "w8_group_linear"),
+)
 _register("w8a8_linear", reference.w8a8_linear, cpu.w8a8_linear, _gpu("w8a8", "w8a8_linear"))
 _register("w4a16_linear", reference.w4a16_linear, cpu.w4a16_linear, _gpu("w4a16", "w4a16_linear"))
 _register("bitnet_linear", reference.bitnet_linear, cpu.bitnet_linear, _gpu("bitnet", "bitnet_linear"))
@@ -123,7 +135,15 @@ def _fake_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_
     )
 
 
-for _name in ("w8a32_linear", "w8a16_linear", "w8a8_linear", "w4a16_linear", "bitnet_linear", "svdq_linear"):
+for _name in (
+    "w8a32_linear",
+    "w8a16_linear",
+    "w8_group_linear",
+    "w8a8_linear",
+    "w4a16_linear",
+    "bitnet_linear",
+    "svdq_linear",
+):
     torch.library.register_fake(f"qgraft::{_name}", _fake_linear, lib=_lib)
 torch.library.register_fake("qgraft::svdq_quantize", _fake_quantize, lib=_lib)
 
@@ -149,6 +169,20 @@ def _backward_w8(ctx, grad: Tensor):
     if ctx.needs_input_grad[0]:
         grad_x = ((grad.float() * scale) @ qweight.float()).to(grad.dtype)
     return grad_x, None, None, _grad_bias(ctx, grad, 3)
+
+
+def _save_w8_group(ctx, inputs, output) -> None:
+    _, qweight, scale, zero_point, bias, ctx.group_size = inputs
+    ctx.save_for_backward(qweight, scale, zero_point)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_w8_group(ctx, grad: Tensor):
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        weight = reference.w8_group_dequantize(*ctx.saved_tensors, ctx.group_size)
+        grad_x = (grad.float() @ weight).to(grad.dtype)
+    return grad_x, None, None, None, _grad_bias(ctx, grad, 4), None
 
 
 def _save_svdq(ctx, inputs, output) -> None:
@@ -211,6 +245,7 @@ def _backward_bitnet(ctx, grad: Tensor):
 
 for _name in ("w8a32_linear", "w8a16_linear"):
     torch.library.register_autograd(f"qgraft::{_name}", _backward_w8, setup_context=_save_w8, lib=_lib)
+torch.library.register_autograd("qgraft::w8_group_linear", _backward_w8_group, setup_context=_save_w8_group, lib=_lib)
 torch.library.register_autograd("qgraft::w8a8_linear", _backward_w8a8, setup_context=_save_w8a8, lib=_lib)
 torch.library.register_autograd("qgraft::w4a16_linear", _backward_w4a16, setup_context=_save_w4a16, lib=_lib)
 torch.library.register_autograd("qgraft::bitnet_linear", _backward_bitnet, setup_context=_save_bitnet, lib=_lib)
@@ -235,6 +270,7 @@ def _autocast(name: str, device: str, wanted: Callable[[str], torch.dtype]) -> N
 for _device in ("cpu", "cuda"):
     _autocast("w8a32_linear", _device, lambda device: torch.float32)  # its promise is float32
     _autocast("w8a16_linear", _device, torch.get_autocast_dtype)
+    _autocast("w8_group_linear", _device, torch.get_autocast_dtype)
     _autocast("w8a8_linear", _device, torch.get_autocast_dtype)
     _autocast("w4a16_linear", _device, torch.get_autocast_dtype)
     _autocast("bitnet_linear", _device, torch.get_autocast_dtype)

@@ -34,6 +34,32 @@ def w8_dequantize(qweight: Tensor, scale: Tensor) -> Tensor:
     return qweight.float() * scale[:, None]
 
 
+def w8_group_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """y = x @ w^T + bias, w = scale * (code - zero_point) per group of neighbouring features, sums in float32.
+
+    x (M, K) float; qweight (N, K) int8; scale (N, ceil(K / G)) float32; zero_point likewise, int8, or None for 0; bias
+    (N,) or None. The last group of a row may be short. Returns (M, N) in x's dtype.
+    """
+    y = x.float() @ w8_group_dequantize(qweight, scale, zero_point, group_size).t()
+    return add_bias(y, bias).to(x.dtype)
+
+
+def w8_group_dequantize(qweight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
+    """The effective weight, (N, K) float32."""
+    k = qweight.shape[1]
+    codes = qweight.float()
+    if zero_point is not None:
+        codes = codes - zero_point.repeat_interleave(group_size, 1)[:, :k]
+    return codes * scale.repeat_interleave(group_size, 1)[:, :k]
+
+
+def group_sums(x: Tensor, groups: int, group_size: int) -> Tensor:
+    """What each group of features adds up to, (M, K) -> (M, groups) float32: what a constant per group multiplies."""
+    return F.pad(x.float(), (0, groups * group_size - x.shape[1])).unflatten(1, (groups, group_size)).sum(-1)
+
+
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -67,16 +93,17 @@ def w8a8_quantize(x: Tensor, act_scale: Tensor | None, act_zero_point: Tensor | 
 
     act_scale None, dynamic: one scale a token, (M, 1), absmax / 127; codes in [-127, 127], zero point 0.
     act_scale 0-dim float32 and act_zero_point 0-dim int8, static: codes round(x / act_scale) + act_zero_point,
-    clamped to [-128, 127]; the scale comes back as it is.
+    clamped to [-128, 127]; the scale comes back for each token, (M, 1), NaN for a token with NaN in it.
     """
     x = x.float()
     if act_scale is None:
         steps = (x.abs().amax(-1, keepdim=True) / INT8_MAX).clamp_min(TINY)  # (M, 1)
         return (x / steps).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), steps
+    steps = torch.where(x.isnan().any(-1, keepdim=True), torch.nan, act_scale)
     codes = (x / act_scale).round()
     if act_zero_point is not None:
         codes = codes + act_zero_point
-    return codes.clamp(-INT8_MAX - 1, INT8_MAX).to(torch.int8), act_scale
+    return codes.clamp(-INT8_MAX - 1, INT8_MAX).to(torch.int8), steps
 
 
 def w8a8_dequantize(qweight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

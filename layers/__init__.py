@@ -5,6 +5,7 @@ from .bitlinear import BitLinear, BitNetLinear, BitNetScheme
 from .embedding import EMBEDDINGS, EmbeddingW4, EmbeddingW8, QuantEmbedding
 from .experts import Experts, is_fused, why_not_split
 from .factorized import FactorizedLinear, FactorizedScheme, FactorizedW8Linear
+from .grouped import W4GroupLinear, W4GroupScheme, W8GroupLinear, W8GroupScheme
 from .stats import Stats
 from .svdq import SVDQScheme, SVDQW4A4Linear, SVDQW4A8Linear
 from .w4a16 import W4A16Linear, W4A16Scheme
@@ -35,6 +36,8 @@ __all__ = [
     "Unsuitable",
     "W4A16Linear",
     "W4A16Scheme",
+    "W4GroupLinear",
+    "W4GroupScheme",
     "W8A8Linear",
     "W8A8Scheme",
     "W8A8StaticLinear",
@@ -43,6 +46,8 @@ __all__ = [
     "W8A16Scheme",
     "W8A32Linear",
     "W8A32Scheme",
+    "W8GroupLinear",
+    "W8GroupScheme",
     "is_fused",
     "register",
     "storage_bytes",

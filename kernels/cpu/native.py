@@ -143,6 +143,7 @@ _SHORT = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}
 _SIGNATURES = {
     "qg_features": "",
     "qg_w8": "pil pp pi pi lll",
+    "qg_w8_group": "pil ppp pi pi llll",
     "qg_w8a8": "p pppp i pi pi lll",
     "qg_bitnet": "ppp pi pi lll",
     "qg_w4_float": "pppi ppi p pi pi pi lllll ii l",

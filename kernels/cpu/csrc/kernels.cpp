@@ -4,6 +4,7 @@
 #include "svdq.h"
 #include "w4a16.h"
 #include "w8.h"
+#include "w8_group.h"
 #include "w8a8.h"
 
 using namespace qg;
@@ -38,6 +39,23 @@ QG_EXPORT int32_t qg_w8(const void* x, int32_t x_type, int64_t ldx, const int8_t
 #endif
   (void)x_type;
   return w8<Float32>((const float*)x, ldx, qweight, scale, out, m, k);
+}
+
+// Rows of x as for qg_w8. Groups are whole multiples of 32 features; the last one may be short.
+QG_EXPORT int32_t qg_w8_group(const void* x, int32_t x_type, int64_t ldx, const int8_t* qweight, const float* scale,
+                              const int8_t* zero_point, const void* bias, int32_t bias_type, void* y, int32_t type,
+                              int64_t m, int64_t n, int64_t k, int64_t group_size) {
+  const Output out{y, Type(type), n, bias, Type(bias_type)};
+  const auto run = [&](auto kind) {
+    using T = decltype(kind);
+    const W8Group<T> layer{qweight, scale, zero_point, k, group_size, (k + group_size - 1) / group_size, out};
+    return gemm<T>((const typename T::A*)x, ldx, m, n, round_up(k, T::STEP), layer);
+  };
+#if QG_BF16
+  if (x_type == BFLOAT16) return run(Bfloat16());
+#endif
+  (void)x_type;
+  return run(Float32());
 }
 
 QG_EXPORT int32_t qg_w8a8(const float* x, const int8_t* qweight, const float* scale, const int8_t* zero_point,
