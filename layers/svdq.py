@@ -49,10 +49,11 @@ class SVDQScheme(Scheme):
         "weights, which know less (0.5 there takes SmolLM2's perplexity from 41 to 70)",
     )
     rotate: bool = Field(True, description="Hadamard rotation inside each group")
-    scales: Literal["two_level", "group"] = Field(
+    scales: Literal["two_level", "group", "group_half"] = Field(
         "two_level",
         description="two_level: one float a row times an integer 1..16 a group, one int8 product for the whole "
-        "row; group: a float a group, 1 to 3 % more accurate, slower",
+        "row; group: a float a group, 1 to 3 % more accurate, slower; group_half: the same with scales and "
+        "smooth_factor that 16 bits hold, as nunchaku stores them",
     )
     rounding: Literal["auto", "gptq", "rtn"] = Field(
         "auto", description="gptq needs calibration data; 'auto': gptq if there is any, else nearest"
@@ -80,7 +81,7 @@ class SVDQScheme(Scheme):
 class SVDQW4A4Linear(Int4Linear):
     """int4 x int4 with a low-rank branch. The buffers of Int4Linear, and
 
-    scale          (N,)          float32 (two_level), or (N, Kp // G) float32 (group)
+    scale          (N,)          float32 (two_level), or (N, Kp // G) float32 (group, group_half)
     group_scale    (N, Kp // G)  uint8 in 1..16 (two_level), or none
     """
 
@@ -101,18 +102,25 @@ class SVDQW4A4Linear(Int4Linear):
         if stats is None and s.needs_data():
             raise ValueError(s.needs_data())
         if s.smooth != "none":
-            self.smooth_factor = self._smooth(weight.float(), stats)
+            self.smooth_factor = self._as_stored(self._smooth(weight.float(), stats))
         weight = self._residual(weight)  # (N, Kp)
         if s.scales == "two_level":
             self.scale, self.group_scale = rounding.two_level_scales(weight, s.group_size)
             steps = self.scale[:, None] * self.group_scale
         else:
-            self.scale = steps = rounding.search_group_steps(weight, s.group_size)
+            self.scale = steps = self._as_stored(rounding.search_group_steps(weight, s.group_size))
         if stats is not None and s.rounding != "rtn":
             codes = gptq_int4(weight, steps, self._moment_in_groups(stats.second_moment), s.group_size)
         else:
             codes = rounding.round_int4(weight, steps.repeat_interleave(s.group_size, 1)).to(torch.int8)
         self.qweight = pack_int4(codes)
+
+    def _as_stored(self, factors: Tensor) -> Tensor:
+        """Positive float32 numbers, with scales: group_half rounded to what the layer's 16-bit type holds."""
+        if self.scheme.scales != "group_half":
+            return factors
+        dtype = torch.finfo(self.half_dtype)
+        return factors.clamp(dtype.smallest_normal * dtype.eps, dtype.max).to(self.half_dtype).float()
 
     def _smooth(self, weight: Tensor, stats: Stats | None) -> Tensor:
         alpha = self.scheme.smooth_alpha

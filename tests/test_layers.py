@@ -275,6 +275,7 @@ OPTIONS = [
     {},
     {"rank": 0},
     {"rank": 5, "scales": "group"},
+    {"rank": 5, "scales": "group_half", "rotate": False},
     {"rotate": False},
     {"smooth": "none", "group_size": 32},
     {"group_size": 16, "scales": "group", "rotate": False, "smooth": "none", "rank": 0},
