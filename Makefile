@@ -10,11 +10,16 @@ PIP := -m pip install --quiet --disable-pip-version-check
 DEVICE ?= cpu
 RESULTS := benchmarks/results/$(DEVICE)
 
-.PHONY: help demo test lint format bench bench-peers bench-models bench-report clean
+# Diagrams are drawn by Mermaid. With npm the site carries it along; without, browsers get it from a CDN.
+MERMAID_VERSION := 11.17.2
+MERMAID := build/mermaid/mermaid-$(MERMAID_VERSION).min.js
+
+.PHONY: help demo test docs lint format bench bench-peers bench-models bench-report clean
 
 help:
 	@echo "make demo    quantize a real language model and a real sentence encoder, print and save the report"
 	@echo "make test    the whole test suite"
+	@echo "make docs    the tutorial as a site, into site/"
 	@echo "make lint    ruff: lint and format check"
 	@echo "make format  ruff: mend what it can"
 	@echo "make bench   time every layer against F.linear on this machine, with targets and verdicts"
@@ -34,6 +39,15 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+docs: $(READY) $(MERMAID)
+	$(BIN)/mkdocs build --strict
+
+$(MERMAID):
+	mkdir -p $(@D)
+	-if command -v npm > /dev/null; then cd $(@D) && npm pack --silent mermaid@$(MERMAID_VERSION) && \
+	tar -xzf mermaid-*.tgz -O package/dist/mermaid.min.js > $(@F) && rm mermaid-*.tgz; \
+	else echo "no npm: the site will get Mermaid from a CDN"; fi
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -64,4 +78,4 @@ bench-report: $(READY)
 	$(BIN)/python -m qgraft.benchmarks.report $(RESULTS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo_out build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) demo_out build site *.egg-info .pytest_cache .ruff_cache
