@@ -83,8 +83,10 @@ def on_page_content(content: str, **_: Any) -> str:
 def public_names() -> str:
     """What the package exports, but for the layers, which have a page of their own."""
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    lists = (node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module not in (None, "layers")]
-    names = sorted((alias.name for node in imports for alias in node.names), key=str.lower)
+    exported = {name for node in lists for name in ast.literal_eval(node.value)}
+    names = sorted(exported & {alias.name for node in imports for alias in node.names}, key=str.lower)
     return "\n".join(f"\n::: qgraft.{name}\n" for name in names)
 
 
