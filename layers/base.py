@@ -197,8 +197,7 @@ class QuantLinear(QuantLayer):
         Raises ValueError for a bad option, and for a weight that is on meta or not finite.
         """
         weight = linear.weight.detach()
-        if weight.is_meta:
-            raise ValueError("the weight is on the meta device: load the model's weights before quantizing")
+        check_weight(weight)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -213,8 +212,6 @@ class QuantLinear(QuantLayer):
                 raise ValueError("give either stats= or calibration=, not both")
             stats = Stats(cls.needs)
             stats.update(calibration)
-        if not torch.isfinite(weight).all():
-            raise ValueError("the weight has NaN or infinite values")
         layer.bias = linear.bias
         layer.train(linear.training)
         with torch.no_grad():
@@ -235,6 +232,14 @@ class QuantLinear(QuantLayer):
         options = "".join(f", {name}={value}" for name, value in self.scheme)
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}{options}"
+
+
+def check_weight(weight: Tensor) -> None:
+    """ValueError for a weight that is not there or not finite."""
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device: load the model's weights first")
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight has NaN or infinite values")
 
 
 def _in_words(error: dict[str, Any]) -> str:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from ..kernels import ops, reference
+from ..kernels.operands import require_int32_sums
 from ..kernels.packing import pack_ternary
 from ..kernels.reference import TINY
-from .base import QuantLinear, Scheme, register
+from .base import QuantLinear, Scheme, check_weight, register
 from .stats import Stats
 
 LOSS = (
@@ -26,16 +27,13 @@ LOSS = (
     "0.51 for Gaussian weights), and a model of such layers says nothing of use. Train it with qgraft.BitLinear, or "
     "take w4a16"
 )
-# An int32 holds this many products of a ternary code and an int8.
-MAX_FEATURES = (2**31 - 1) // 127
 
 
 class BitNetScheme(Scheme):
     """No options: ternary weights with one scale, int8 activations with one scale per token."""
 
     def check_shape(self, in_features: int, out_features: int) -> None:
-        if in_features > MAX_FEATURES:
-            raise ValueError(f"{in_features} input features: an int32 holds the products of {MAX_FEATURES} at most")
+        require_int32_sums(in_features, 127)
 
     def note(self) -> str:
         return LOSS
@@ -157,10 +155,7 @@ class BitLinear(nn.Linear):
 
         Raises ValueError for a weight that is on meta or not finite.
         """
-        if self.weight.is_meta:
-            raise ValueError("the weight is on the meta device: load the model's weights before packing")
-        if not torch.isfinite(self.weight).all():
-            raise ValueError("the weight has NaN or infinite values")
+        check_weight(self.weight)
         layer = BitNetLinear(
             self.in_features, self.out_features, bias=False, device=self.weight.device, dtype=self.weight.dtype
         )

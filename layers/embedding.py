@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from ..kernels import reference
-from .base import QuantLayer, QuantLinear, Scheme
+from .base import QuantLayer, QuantLinear, Scheme, check_weight
 from .w4a16 import W4A16Linear
 from .w8a16 import W8A16Linear
 
@@ -107,10 +107,7 @@ class QuantEmbedding(QuantLayer):
         Raises ValueError for a bad option, and for a weight that is on meta or not finite.
         """
         weight = embedding.weight.detach()
-        if weight.is_meta:
-            raise ValueError("the weight is on the meta device: load the model's weights before quantizing")
-        if not torch.isfinite(weight).all():
-            raise ValueError("the weight has NaN or infinite values")
+        check_weight(weight)
         layer = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from ..kernels import ops, reference
+from ..kernels.operands import HALF
 from .algorithms import factorize
 from .algorithms.rounding import quantize_rows_int8
 from .base import QuantLinear, Scheme, Unsuitable, register
 from .stats import Stats
 
-HALF = (torch.bfloat16, torch.float16)
 DEFAULT_SHARE = 0.5
 
 

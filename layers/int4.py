@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels import reference
+from ..kernels.operands import HALF
 from .algorithms.lowrank import low_rank
 from .base import QuantLinear
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Int4Linear(QuantLinear):

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..kernels import ops, reference
+from ..kernels.operands import FOLDED_PRODUCT, require_int32_sums
 from ..kernels.packing import pack_int4
 from .algorithms import rounding, smoothing
 from .algorithms.gptq import gptq_int4
@@ -26,8 +27,6 @@ from .int4 import Int4Linear
 from .stats import Stats
 
 ALPHA, ALPHA_BY_WEIGHTS = 0.5, 0.1
-# One product of folded codes is at most 127 * 128, and an int32 holds this many of them.
-MAX_FEATURES = (2**31 - 1) // (127 * 128)
 
 
 class SVDQScheme(Scheme):
@@ -66,8 +65,7 @@ class SVDQScheme(Scheme):
                 f"rank {self.rank} is more than a {out_features} x {in_features} weight has: "
                 f"choose rank <= {min(in_features, out_features)}"
             )
-        if in_features + self.group_size > MAX_FEATURES:  # padding included
-            raise ValueError(f"{in_features} input features: an int32 holds the products of {MAX_FEATURES} at most")
+        require_int32_sums(-(-in_features // self.group_size) * self.group_size, FOLDED_PRODUCT)
 
     def needs_data(self) -> str:
         if self.smooth == "activations":

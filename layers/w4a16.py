@@ -13,11 +13,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..kernels import ops, reference
+from ..kernels.operands import HALF
 from ..kernels.packing import pack_int4
 from .algorithms import rounding
 from .algorithms.gptq import gptq_int4
 from .base import Scheme, register
-from .int4 import HALF, Int4Linear
+from .int4 import Int4Linear
 from .stats import Stats
 
 # With one scale a row, rows are padded to whole 16 bytes.

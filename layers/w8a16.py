@@ -7,11 +7,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..kernels import ops, reference
+from ..kernels.operands import HALF
 from .algorithms.rounding import quantize_rows_int8
 from .base import QuantLinear, Scheme, register
 from .stats import Stats
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class W8A16Scheme(Scheme):

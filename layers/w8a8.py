@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..functional import scale_of_range
 from ..kernels import ops, reference
+from ..kernels.operands import require_int32_sums
 from .algorithms import ranges
 from .algorithms.rounding import quantize_rows_int8, quantize_rows_int8_affine
 from .base import QuantLinear, Scheme, register
@@ -31,9 +32,7 @@ class W8A8Scheme(Scheme):
         return 127 * (255 if self.zero_point else 127)
 
     def check_shape(self, in_features: int, out_features: int) -> None:
-        most = (2**31 - 1) // self.largest_product()
-        if in_features > most:
-            raise ValueError(f"{in_features} input features: an int32 holds the products of {most} at most")
+        require_int32_sums(in_features, self.largest_product())
 
 
 class W8A8StaticScheme(W8A8Scheme):

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..operands import FOLDED_PRODUCT, features_in_int32, require, require_int32_sums
 from . import native, plain
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Sums of products of codes with zero points, at most 255 * 255 each, are kept in 32 bits.
-W8A8_MAX_FEATURES = (2**31 - 1) // 255**2
-# And of codes times integers times codes: at most 128 * 127 each.
-SVDQ_MAX_FEATURES = (2**31 - 1) // (128 * 127)
+W8A8_MAX_FEATURES = features_in_int32(255**2)
 UNIT = 32  # input features that W4A16's kernel takes at a time
 
 
@@ -36,9 +35,9 @@ def _w8(op: str, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
     if lib is None or x.dtype not in TYPES:
         return fallback(x, qweight, scale, bias)
     (m, k), n = x.shape, qweight.shape[0]
-    qweight = _require(op, "qweight", qweight, (torch.int8,), n, k)
-    scale = _require(op, "scale", scale, (torch.float32,), n)
-    bias = _bias(op, bias, n)
+    qweight = require(op, x, "qweight", qweight, (torch.int8,), n, k)
+    scale = require(op, x, "scale", scale, (torch.float32,), n)
+    bias = _bias(op, x, bias, n)
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
@@ -64,12 +63,12 @@ def w8a8_linear(
     (m, k), n = x.shape, qweight.shape[0]
     if lib is None or k > W8A8_MAX_FEATURES:
         return reference.w8a8_linear(x, qweight, scale, zero_point, act_scale, act_zero_point, bias)
-    qweight = _require(op, "qweight", qweight, (torch.int8,), n, k)
-    scale = _require(op, "scale", scale, (torch.float32,), n)
-    zero_point = _require(op, "zero_point", zero_point, (torch.int8,), n)
-    act_scale = _require(op, "act_scale", act_scale, (torch.float32,))
-    act_zero_point = _require(op, "act_zero_point", act_zero_point, (torch.int8,))
-    bias = _bias(op, bias, n)
+    qweight = require(op, x, "qweight", qweight, (torch.int8,), n, k)
+    scale = require(op, x, "scale", scale, (torch.float32,), n)
+    zero_point = require(op, x, "zero_point", zero_point, (torch.int8,), n)
+    act_scale = require(op, x, "act_scale", act_scale, (torch.float32,))
+    act_zero_point = require(op, x, "act_zero_point", act_zero_point, (torch.int8,))
+    bias = _bias(op, x, bias, n)
     y = _output(x, m, n)
     if y.numel():
         zero = 0 if act_zero_point is None or act_scale is None else int(act_zero_point)
@@ -85,9 +84,9 @@ def bitnet_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
     (m, k), n = x.shape, qweight.shape[0]
     if lib is None:
         return reference.bitnet_linear(x, qweight, scale, bias)
-    qweight = _require(op, "qweight", qweight, (torch.uint8,), n, -(-k // 4))
-    scale = _require(op, "scale", scale, (torch.float32,), n)
-    bias = _bias(op, bias, n)
+    qweight = require(op, x, "qweight", qweight, (torch.uint8,), n, -(-k // 4))
+    scale = require(op, x, "scale", scale, (torch.float32,), n)
+    bias = _bias(op, x, bias, n)
     y = _output(x, m, n)
     if y.numel():
         act = x.float().contiguous()
@@ -120,12 +119,12 @@ def w4a16_linear(
         )
     _check_padding(op, k, padded, group_size)
     groups = padded // group_size
-    qweight = _require(op, "qweight", qweight, (torch.uint8,), n, padded // 2)
-    scale = _require(op, "scale", scale, tuple(TYPES), n, groups)
-    zero_point = _require(op, "zero_point", zero_point, (torch.int8,), n, groups)
-    smooth_factor = _require(op, "smooth_factor", smooth_factor, (torch.float32,), k)
-    proj_down, proj_up, rank = _branch(op, proj_down, proj_up, k, n)
-    bias = _bias(op, bias, n)
+    qweight = require(op, x, "qweight", qweight, (torch.uint8,), n, padded // 2)
+    scale = require(op, x, "scale", scale, tuple(TYPES), n, groups)
+    zero_point = require(op, x, "zero_point", zero_point, (torch.int8,), n, groups)
+    smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
+    proj_down, proj_up, rank = _branch(op, x, proj_down, proj_up, k, n)
+    bias = _bias(op, x, bias, n)
     y = x.new_empty(m, n)
     if y.numel():
         act = x.float().contiguous()
@@ -148,12 +147,12 @@ def svdq_quantize(
     """See :func:`qgraft.kernels.reference.svdq_quantize`. A token with NaN or infinity in it has the scale NaN."""
     op, lib = "svdq_quantize", native.library()
     if lib is None or not _native_groups(group_size, two_level, act_bits):
-        return plain.svdq_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits)
+        return reference.svdq_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits)
     m, k = x.shape
     _check_padding(op, k, padded, group_size)
-    smooth_factor = _require(op, "smooth_factor", smooth_factor, (torch.float32,), k)
+    smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
     rank = 0 if proj_down is None else proj_down.shape[1]
-    proj_down = _require(op, "proj_down", proj_down, tuple(TYPES), k, rank)
+    proj_down = require(op, x, "proj_down", proj_down, tuple(TYPES), k, rank)
     codes = x.new_empty(m, padded, dtype=torch.int8)
     act_scale = x.new_empty(m, 1, dtype=torch.float32)
     lora_act = x.new_empty(m, rank, dtype=torch.float32)
@@ -190,15 +189,15 @@ def svdq_linear(
             x, qweight, scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size, rotate, act_bits
         )
     _check_padding(op, k, padded, group_size)
-    if two_level and padded > SVDQ_MAX_FEATURES:
-        raise ValueError(f"{op}: two-level scales take at most {SVDQ_MAX_FEATURES} input features, got {padded}")
+    if two_level:
+        require_int32_sums(padded, FOLDED_PRODUCT, op)
     groups = padded // group_size
-    qweight = _require(op, "qweight", qweight, (torch.uint8,), n, padded // 2)
-    scale = _require(op, "scale", scale, (torch.float32,), *((n,) if two_level else (n, groups)))
-    group_scale = _require(op, "group_scale", group_scale, (torch.uint8,), n, groups)
-    smooth_factor = _require(op, "smooth_factor", smooth_factor, (torch.float32,), k)
-    proj_down, proj_up, rank = _branch(op, proj_down, proj_up, k, n)
-    bias = _bias(op, bias, n)
+    qweight = require(op, x, "qweight", qweight, (torch.uint8,), n, padded // 2)
+    scale = require(op, x, "scale", scale, (torch.float32,), *((n,) if two_level else (n, groups)))
+    group_scale = require(op, x, "group_scale", group_scale, (torch.uint8,), n, groups)
+    smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
+    proj_down, proj_up, rank = _branch(op, x, proj_down, proj_up, k, n)
+    bias = _bias(op, x, bias, n)
     y = _output(x, m, n)
     if y.numel():
         act = x.float().contiguous()
@@ -222,33 +221,20 @@ def _check_padding(op: str, k: int, padded: int, group_size: int) -> None:
         raise ValueError(f"{op}: padded must be a multiple of {group_size} and at least {k}, got {padded}")
 
 
-def _require(op: str, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], *shape: int) -> Tensor | None:
-    if tensor is None:
-        return None
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if not tensor.is_cpu:
-        raise ValueError(f"{op}: {name} is on {tensor.device} and x on cpu")
-    return tensor.contiguous()
-
-
-def _bias(op: str, bias: Tensor | None, n: int) -> Tensor | None:
+def _bias(op: str, x: Tensor, bias: Tensor | None, n: int) -> Tensor | None:
     if bias is not None and bias.dtype not in TYPES:
         bias = bias.float()
-    return _require(op, "bias", bias, tuple(TYPES), n)
+    return require(op, x, "bias", bias, tuple(TYPES), n)
 
 
 def _branch(
-    op: str, proj_down: Tensor | None, proj_up: Tensor | None, k: int, n: int
+    op: str, x: Tensor, proj_down: Tensor | None, proj_up: Tensor | None, k: int, n: int
 ) -> tuple[Tensor | None, Tensor | None, int]:
     if proj_down is None or proj_up is None:
         return None, None, 0
     rank = proj_down.shape[1]
-    down = _require(op, "proj_down", proj_down, tuple(TYPES), k, rank)
-    return down, _require(op, "proj_up", proj_up, tuple(TYPES), n, rank), rank
+    down = require(op, x, "proj_down", proj_down, tuple(TYPES), k, rank)
+    return down, require(op, x, "proj_up", proj_up, tuple(TYPES), n, rank), rank
 
 
 def _output(x: Tensor, m: int, n: int) -> Tensor:

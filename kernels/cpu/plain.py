@@ -76,20 +76,6 @@ def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     return _finish(y, scale, bias, x.dtype)
 
 
-def svdq_quantize(
-    x: Tensor,
-    smooth_factor: Tensor | None,
-    proj_down: Tensor | None,
-    padded: int,
-    group_size: int,
-    rotate: bool,
-    two_level: bool,
-    act_bits: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`qgraft.kernels.reference.svdq_quantize`."""
-    return reference.svdq_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits)
-
-
 def svdq_linear(
     x: Tensor,
     qweight: Tensor,

@@ -12,15 +12,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..operands import require, require_int32_sums
 from . import configs
-from .common import FLOATS, has_assembly, launch, require, target_of, tile_of
+from .common import FLOATS, has_assembly, launch, target_of, tile_of
 from .epilogue import store_transposed
-from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .split_k import share_of, share_out, sum_of_shares
 from .unpack import quarters_of_bytes
 from .w8a8 import quantize
 
-# An int32 holds this many products of 127 and 3, the largest number of two bits.
-MAX_FEATURES = (2**31 - 1) // (127 * 3)
+PRODUCT = 127 * 3  # at most: 3 is the largest number of two bits
 
 
 @triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
@@ -107,21 +107,16 @@ def bitnet_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
     qweight = require(op, x, "qweight", qweight, (torch.uint8,), n, quarter)
     scale = require(op, x, "scale", scale, (torch.float32,), n)
     bias = require(op, x, "bias", bias, FLOATS, n)
-    if k > MAX_FEATURES:
-        raise ValueError(f"{op}: an int32 holds the sums of at most {MAX_FEATURES} input features, got {k}")
+    require_int32_sums(k, PRODUCT, op)
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
     codes, steps, sums = quantize(x, None, None, planes=4)
     target = target_of(x)
     tile = configs.tile("bitnet", x, m, n, k, config, m, quarter, target)
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    splits = splits_for(x, tiles, quarter, tile["BLOCK_Q"])
-    shares = counters = None
-    if splits > 1:
-        shares, counters = workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], torch.int32)
+    programs, splits, shares, counters = share_out(x, m, n, quarter, tile, tile["BLOCK_Q"], torch.int32)
     launch(
-        bitnet_kernel, tiles * splits, codes, qweight, scale, steps, sums, bias, y, shares, counters,
+        bitnet_kernel, programs, codes, qweight, scale, steps, sums, bias, y, shares, counters,
         m, n, quarter, splits,
         EVEN_K=quarter % tile["BLOCK_Q"] == 0, SPLIT_K=splits > 1, ASM=has_assembly(target), **tile,
     )  # fmt: skip

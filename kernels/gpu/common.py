@@ -1,4 +1,4 @@
-"""What the kernels share: checks of arguments, the device of a launch, the order of tiles, products of split floats."""
+"""What the kernels share: the device of a launch, the order of tiles, products of split floats."""
 
 import contextlib
 import functools
@@ -94,23 +94,6 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device_of(x)
-
-
-def require(
-    op: str, x: Tensor, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], *shape: int
-) -> Tensor | None:
-    """The tensor, contiguous. An error that can be read if it is not of the type, shape and device (that of x) that
-    the kernel will take for granted."""
-    if tensor is None:
-        return None
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != x.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}")
-    return tensor.contiguous()
 
 
 # Float types, and how many bfloat16 it takes to hold one (see `split_dot`).

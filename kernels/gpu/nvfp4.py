@@ -11,11 +11,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import nvfp4 as reference
+from ..operands import require
 from ..reference import TINY as SMALLEST
 from . import configs
-from .common import FLOATS, INTERPRET, ROUNDER, has_tensor_memory, launch, require, target_of, tile_of
+from .common import FLOATS, INTERPRET, ROUNDER, has_tensor_memory, launch, target_of, tile_of
 from .epilogue import store_transposed
-from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .split_k import share_of, share_out, sum_of_shares
 
 E2M1_MAX, E4M3_MAX = tl.constexpr(reference.E2M1_MAX), tl.constexpr(reference.E4M3_MAX)
 TINY = tl.constexpr(SMALLEST)
@@ -212,13 +213,9 @@ def nvfp4_linear(x: Tensor, qweight: Tensor, scale: Tensor, row_scale: Tensor, b
     if y.numel() == 0:
         return y
     tile = configs.tile("nvfp4", x, m, n, k, config, m, half, target_of(x))
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    splits = splits_for(x, tiles, half, tile["BLOCK_B"])
-    shares = counters = None
-    if splits > 1:
-        shares, counters = workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], torch.float32)
+    programs, splits, shares, counters = share_out(x, m, n, half, tile, tile["BLOCK_B"], torch.float32)
     launch(
-        nvfp4_kernel, tiles * splits, codes, act_scale, act_row_scale, qweight, scale, row_scale, bias, y,
+        nvfp4_kernel, programs, codes, act_scale, act_row_scale, qweight, scale, row_scale, bias, y,
         shares, counters, m, n, half, groups, splits,
         EVEN_K=half % tile["BLOCK_B"] == 0, SPLIT_K=splits > 1, NATIVE=not INTERPRET, **tile,
     )  # fmt: skip

@@ -100,6 +100,18 @@ def counters(x: Tensor, tiles: int) -> Tensor:
     return have
 
 
+def share_out(
+    x: Tensor, m: int, n: int, features: int, tile: dict[str, int], block: int, dtype: torch.dtype
+) -> tuple[int, int, Tensor | None, Tensor | None]:
+    """For a result (m, n) in tiles BLOCK_M x BLOCK_N, whose sums of type `dtype` run over blocks of the features: how
+    many programs to launch, how many of them share a tile, and if that is more than one, their workspace."""
+    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    splits = splits_for(x, tiles, features, block)
+    if splits == 1:
+        return tiles, 1, None, None
+    return tiles * splits, splits, *workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], dtype)
+
+
 def workspace(x: Tensor, tiles: int, splits: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Room for the shares of all tiles of `size` numbers, and the tiles' counters."""
     return x.new_empty(tiles * splits * size, dtype=dtype), counters(x, tiles)

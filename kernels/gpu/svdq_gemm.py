@@ -11,14 +11,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..operands import FOLDED_PRODUCT, require, require_int32_sums
 from . import configs
-from .common import FLOATS, TERMS, has_assembly, launch, require, target_of, tile_of
+from .common import FLOATS, TERMS, has_assembly, launch, target_of, tile_of
 from .epilogue import add_low_rank, store_transposed
-from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .split_k import share_of, share_out, sum_of_shares
 from .unpack import folded_int8, int8_times_16
-
-# One product is at most 127 * 128, and an int32 holds this many of them.
-MAX_FEATURES = (2**31 - 1) // (127 * 128)
 
 
 @triton.jit
@@ -77,7 +75,7 @@ def svdq_gemm_kernel(
         PIECES: tl.constexpr = BLOCK_B // EACH
         integer_rows = group_scale_ptr + rows_n[:, None] * groups
         next_integer = load_pieces(integer_rows, begin, groups, GROUP, PIECES, EACH)
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # exact up to MAX_FEATURES
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # exact, see `require_int32_sums`
     else:
         BYTES: tl.constexpr = min(GROUP // 2, BLOCK_B)  # of one group in a tile
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -179,22 +177,18 @@ def gemm(
     proj_up = require(op, codes, "proj_up", proj_up, FLOATS, n, rank)
     proj_up = proj_up if rank else None
     bias = require(op, codes, "bias", bias, FLOATS, n)
-    if two_level and padded > MAX_FEATURES:
-        raise ValueError(f"{op}: two-level scales take at most {MAX_FEATURES} input features, got {padded}")
+    if two_level:
+        require_int32_sums(padded, FOLDED_PRODUCT, op)
     y = codes.new_empty(m, n, dtype=out_dtype)
     if y.numel() == 0:
         return y
     half, target = padded // 2, target_of(codes)
     kind = "svdq_two_level" if two_level else "svdq_groups"
     tile = configs.tile(kind, codes, m, n, padded, config, m, half, group_size, two_level, out_dtype, target)
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    splits = splits_for(codes, tiles, half, tile["BLOCK_B"])
-    shares = counters = None
-    if splits > 1:
-        sums = torch.int32 if two_level else torch.float32
-        shares, counters = workspace(codes, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], sums)
+    sums = torch.int32 if two_level else torch.float32
+    programs, splits, shares, counters = share_out(codes, m, n, half, tile, tile["BLOCK_B"], sums)
     launch(
-        svdq_gemm_kernel, tiles * splits, codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, y,
+        svdq_gemm_kernel, programs, codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, y,
         shares, counters, m, n, half, rank, splits,
         GROUP=group_size, ACT_GROUPS=act_scale.shape[1] > 1, EVEN_K=half % tile["BLOCK_B"] == 0,
         SPLIT_K=splits > 1, ASM=has_assembly(target) and half % 16 == 0,

@@ -13,7 +13,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import reference
-from .common import FLOATS, ROUNDER, TERMS, has_tensor_memory, launch, require, target_of
+from ..operands import require
+from .common import FLOATS, ROUNDER, TERMS, has_tensor_memory, launch, target_of
 from .low_rank import project_down
 from .rotation import rotate_groups
 from .split_k import splits_for, workspace

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..operands import HALF, require
 from . import configs
-from .common import FLOATS, TERMS, has_assembly, has_tensor_memory, launch, require, target_of, tile_of
+from .common import FLOATS, TERMS, has_assembly, has_tensor_memory, launch, target_of, tile_of
 from .dequantize import dequantized_int4
 from .epilogue import add_low_rank, store_transposed
-from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .split_k import share_of, share_out, sum_of_shares
 from .svdq_quantize import smooth_and_rotate
 from .unpack import halves_of_words
 
@@ -185,7 +186,7 @@ def w4a16_linear(
         )
     if padded < k:
         raise ValueError(f"{op}: qweight holds {padded} input features, x has {k}")
-    x = require(op, x, "x", x, (torch.bfloat16, torch.float16), m, k)
+    x = require(op, x, "x", x, HALF, m, k)
     qweight = require(op, x, "qweight", qweight, (torch.uint8,), n, half)
     scale = require(op, x, "scale", scale, FLOATS, n, padded // group_size)
     zero_point = require(op, x, "zero_point", zero_point, (torch.int8,), n, padded // group_size)
@@ -209,13 +210,9 @@ def w4a16_linear(
         x = in_words(x, torch.int64)
     tile = configs.tile("w4a16", x, m, n, padded, config, m, words, target)
     y = qweight.new_empty(m, n, dtype=dtype)
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    splits = splits_for(x, tiles, words, tile["BLOCK_W"])
-    shares = counters = None
-    if splits > 1:
-        shares, counters = workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], torch.float32)
+    programs, splits, shares, counters = share_out(x, m, n, words, tile, tile["BLOCK_W"], torch.float32)
     launch(
-        w4a16_kernel, tiles * splits, x, qweight, scale, zero_point, lora_act, proj_up, bias, y, shares, counters,
+        w4a16_kernel, programs, x, qweight, scale, zero_point, lora_act, proj_up, bias, y, shares, counters,
         m, n, words, rank, splits,
         GROUP=group_size, PER_ROW=group_size == padded, PLANES=planes > 1,
         UP_TERMS=1 if proj_up is None else TERMS[proj_up.dtype],

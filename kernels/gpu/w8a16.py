@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..operands import HALF, require
 from . import configs
-from .common import FLOATS, has_assembly, launch, require, target_of, tile_of
+from .common import FLOATS, has_assembly, launch, target_of, tile_of
 from .dequantize import dequantized_int8
 from .epilogue import store_transposed
-from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .split_k import share_of, share_out, sum_of_shares
 from .unpack import float16_of_int8
 
 
@@ -90,7 +91,7 @@ def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     """
     op = "w8a16_linear"
     (m, k), n = x.shape, qweight.shape[0]
-    x = require(op, x, "x", x, (torch.bfloat16, torch.float16), m, k)
+    x = require(op, x, "x", x, HALF, m, k)
     qweight = require(op, x, "qweight", qweight, (torch.int8,), n, k)
     scale = require(op, x, "scale", scale, (torch.float32,), n)
     bias = require(op, x, "bias", bias, FLOATS, n)
@@ -102,13 +103,9 @@ def w8a16_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     target = target_of(x)
     tile = configs.tile("w8a16", x, m, n, k, config, m, k, target)
     y = x.new_empty(m, n)
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    splits = splits_for(x, tiles, k, tile["BLOCK_K"])
-    shares = counters = None
-    if splits > 1:
-        shares, counters = workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], torch.float32)
+    programs, splits, shares, counters = share_out(x, m, n, k, tile, tile["BLOCK_K"], torch.float32)
     launch(
-        w8a16_kernel, tiles * splits, x, qweight, scale, bias, y, shares, counters, m, n, k, splits,
+        w8a16_kernel, programs, x, qweight, scale, bias, y, shares, counters, m, n, k, splits,
         EVEN_K=k % tile["BLOCK_K"] == 0, SPLIT_K=splits > 1, ASM=has_assembly(target), **tile,
     )  # fmt: skip
     return y

@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..operands import require
 from . import configs
-from .common import FLOATS, launch, require, split_dot, target_of, tile_of
+from .common import FLOATS, launch, split_dot, target_of, tile_of
 from .epilogue import store_transposed
-from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .split_k import share_of, share_out, sum_of_shares
 
 
 @triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
@@ -89,13 +90,9 @@ def w8a32_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None)
     if y.numel() == 0:
         return y
     tile = configs.tile("w8a32", x, m, n, k, config, m, k, target_of(x))
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    splits = splits_for(x, tiles, k, tile["BLOCK_K"])
-    shares = counters = None
-    if splits > 1:
-        shares, counters = workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], torch.float32)
+    programs, splits, shares, counters = share_out(x, m, n, k, tile, tile["BLOCK_K"], torch.float32)
     launch(
-        w8a32_kernel, tiles * splits, x, qweight, scale, bias, y, shares, counters, m, n, k, splits,
+        w8a32_kernel, programs, x, qweight, scale, bias, y, shares, counters, m, n, k, splits,
         EVEN_K=k % tile["BLOCK_K"] == 0, SPLIT_K=splits > 1, **tile,
     )  # fmt: skip
     return y

@@ -13,15 +13,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import reference
+from ..operands import require, require_int32_sums
 from . import configs
-from .common import FLOATS, ROUNDER, launch, require, target_of, tile_of
+from .common import FLOATS, ROUNDER, launch, target_of, tile_of
 from .epilogue import store_transposed
-from .split_k import share_of, splits_for, sum_of_shares, workspace
+from .split_k import share_of, share_out, sum_of_shares
 
 INT8_MAX = tl.constexpr(float(reference.INT8_MAX))
 TINY = tl.constexpr(reference.TINY)
-# An int32 holds this many products of 128 and 128, or of 128 and the 255 that a code can be away from its zero point.
-MAX_FEATURES, MAX_FEATURES_ZERO = (2**31 - 1) // (128 * 128), (2**31 - 1) // (128 * 255)
+# The largest product of two codes, and of one and the 255 that another can be away from its zero point.
+PRODUCT, PRODUCT_ZERO = 128 * 128, 128 * 255
 
 
 @triton.jit
@@ -44,6 +45,7 @@ def w8a8_quantize_kernel(
     else:
         step = tl.load(act_scale_ptr)
     zero = 0.0
+    spoiled = tl.zeros((BLOCK_K,), dtype=tl.int32)
     lowest = -INT8_MAX
     if act_scale_ptr is not None:
         lowest = -INT8_MAX - 1
@@ -55,6 +57,7 @@ def w8a8_quantize_kernel(
     for k in tl.range(0, K, BLOCK_K, num_stages=1):
         mask = k + offs_k < K
         x = tl.load(x_ptr + token * K + k + offs_k, mask=mask, other=0.0).to(tl.float32)
+        spoiled |= (x != x).to(tl.int32)
         codes = (tl.div_rn(x, step) + ROUNDER) - ROUNDER + zero  # to the nearest, ties to even
         codes = tl.where(codes == codes, tl.minimum(tl.maximum(codes, lowest), INT8_MAX), zero)  # NaN has no code
         total += tl.where(mask, (codes - zero).to(tl.int32), 0)
@@ -64,6 +67,8 @@ def w8a8_quantize_kernel(
         offs = k // PLANES + offs_k % STEP
         tl.store(plane_ptrs + offs, codes, mask=offs < PLANE)
     tl.store(sums_ptr + token, tl.sum(total))
+    if act_scale_ptr is not None:  # a token with NaN in it has the scale NaN, as a largest magnitude would be
+        tl.store(steps_ptr + token, tl.where(tl.max(spoiled) > 0, float("nan"), step))
 
 
 @triton.jit(do_not_specialize=["M", "splits"])  # or M = 1, 15 and 16 would each be compiled
@@ -71,7 +76,7 @@ def w8a8_kernel(
     codes_ptr, qweight_ptr, scale_ptr, zero_ptr, steps_ptr, act_zero_ptr, sums_ptr, bias_ptr, y_ptr,
     workspace_ptr, counter_ptr,
     M, N, K, splits,
-    PER_TOKEN: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     #                K                 BLOCK_M
@@ -120,10 +125,7 @@ def w8a8_kernel(
             y = (acc - zero[:, None] * tl.load(sums_ptr + rows_m)[None, :]).to(tl.float32)
         else:
             y = acc.to(tl.float32)
-        if PER_TOKEN:
-            y *= tl.load(steps_ptr + rows_m)[None, :]
-        else:
-            y *= tl.load(steps_ptr)
+        y *= tl.load(steps_ptr + rows_m)[None, :]
         y *= tl.load(scale_ptr + rows_n)[:, None]
         store_transposed(y, bias_ptr, y_ptr, offs_m, offs_n, M, N)
 
@@ -156,7 +158,7 @@ def quantize(
     m, k = x.shape
     plane = triton.cdiv(k, planes)
     codes = x.new_empty(m, planes * plane, dtype=torch.int8)
-    steps = x.new_empty(m, dtype=torch.float32) if act_scale is None else act_scale
+    steps = x.new_empty(m, dtype=torch.float32)
     sums = x.new_empty(m, dtype=torch.int32)
     block = min(4096, max(256, triton.next_power_of_2(k)))
     launch(
@@ -185,22 +187,16 @@ def w8a8_linear(
     act_scale = require(op, x, "act_scale", act_scale, (torch.float32,))
     act_zero_point = require(op, x, "act_zero_point", act_zero_point, (torch.int8,)) if act_scale is not None else None
     bias = require(op, x, "bias", bias, FLOATS, n)
-    limit = MAX_FEATURES if act_zero_point is None else MAX_FEATURES_ZERO
-    if k > limit:
-        raise ValueError(f"{op}: an int32 holds the sums of at most {limit} input features, got {k}")
+    require_int32_sums(k, PRODUCT if act_zero_point is None else PRODUCT_ZERO, op)
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
     codes, steps, sums = quantize(x, act_scale, act_zero_point)
     tile = configs.tile("w8a8", x, m, n, k, config, m, k, target_of(x))
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    splits = splits_for(x, tiles, k, tile["BLOCK_K"])
-    shares = counters = None
-    if splits > 1:
-        shares, counters = workspace(x, tiles, splits, tile["BLOCK_M"] * tile["BLOCK_N"], torch.int32)
+    programs, splits, shares, counters = share_out(x, m, n, k, tile, tile["BLOCK_K"], torch.int32)
     launch(
-        w8a8_kernel, tiles * splits, codes, qweight, scale, zero_point, steps, act_zero_point, sums, bias, y,
+        w8a8_kernel, programs, codes, qweight, scale, zero_point, steps, act_zero_point, sums, bias, y,
         shares, counters, m, n, k, splits,
-        PER_TOKEN=act_scale is None, EVEN_K=k % tile["BLOCK_K"] == 0, SPLIT_K=splits > 1, **tile,
+        EVEN_K=k % tile["BLOCK_K"] == 0, SPLIT_K=splits > 1, **tile,
     )  # fmt: skip
     return y
