@@ -25,6 +25,7 @@ from .layers import (
 )
 from .quantizer import Plan, Quantizer, Report
 from .quantizer.checkpoint import save
+from .quantizer.interop.transformers_register import register as _register
 from .quantizer.loading import load
 from .recipes import Recipe, RecipeError, load_recipe, shipped_recipes
 
@@ -57,3 +58,13 @@ __all__ = [
     "save",
     "shipped_recipes",
 ]
+
+_register()
+
+
+def __getattr__(name: str) -> object:
+    if name == "QGraftConfig":  # importing it imports transformers
+        from .quantizer.interop.transformers_config import QGraftConfig
+
+        return QGraftConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from ..layers import EMBEDDINGS, Experts, QuantEmbedding, QuantLayer, is_fused, 
 from ..recipes import suggest
 from .checkpoint import CONFIG, GUARD, REPORT, join, read_config, read_json
 from .errors import CheckpointError, some
+from .interop.transformers_register import attach
 from .kinds import empty, shape_of
 from .report import Report
 from .rules import ALL
@@ -48,6 +49,7 @@ def load(
             raise TypeError(f"the factory given as model= returned a {kind}, not an nn.Module")
     with _all_or_nothing(model):
         model = _fill(path, model, quantization, files, device)
+    attach(model)
     return model if device is None else model.to(device)
 
 

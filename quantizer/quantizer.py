@@ -17,6 +17,7 @@ from ..layers import QuantLayer, QuantLinear, Stats, Unsuitable, tie
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
 from .errors import CalibrationError, PlanError, QuantizeError, some
+from .interop.transformers_register import attach
 from .kinds import as_linear, empty, quantized, shape_of
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure
@@ -105,10 +106,12 @@ class Quantizer:
                     except Unsuitable as reason:
                         left.append(f"'{planned.label}': {reason}")
                     except (Exception, KeyboardInterrupt) as error:
+                        attach(self.model)
                         raise _explain(error, planned, done, len(todo)) from error
                     stats.pop(planned.name, None)
                     done += 1
                     bar.update()
+        attach(self.model)
         if left:
             warnings.warn("these layers stay as they are:\n" + some(left, "\n", show=10), stacklevel=2)
         return self.model

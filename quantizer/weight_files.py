@@ -81,11 +81,11 @@ def read_tensors(files: list[Path], device: torch.device) -> dict[str, Tensor]:
     tensors = {}
     for file in files:
         with _open(file, str(device)) as stream:
-            tensors.update({name: _aligned(stream.get_tensor(name)) for name in stream.keys()})  # noqa: SIM118
+            tensors.update({name: aligned(stream.get_tensor(name)) for name in stream.keys()})  # noqa: SIM118
     return tensors
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """A tensor that begins where torch would let it begin; a file puts it anywhere, and fast kernels mind."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 

@@ -112,13 +112,13 @@ def test_a_loaded_model_takes_few_tokens_wherever_its_tensors_lie_in_the_file(tm
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_a_loaded_model_generates_and_its_config_says_nothing_of_quantization(tmp_path):
+def test_a_loaded_model_generates_and_its_config_says_what_is_quantized(tmp_path):
     model = llama()
     model.generation_config.max_new_tokens = 3
     quantized(on_disk(model, tmp_path / "float"), tmp_path / "out")
     loaded, _ = load_quantized(tmp_path / "out")
-    assert not hasattr(loaded.config, "quantization_config")
-    assert "quantization_config" not in loaded.config.to_dict()
+    recorded = loaded.config.to_dict()["quantization_config"]
+    assert recorded["quant_method"] == "qgraft" and "model.layers.1.mlp.up_proj" in recorded["layers"]
     assert loaded.generation_config.max_new_tokens == 3
     assert loaded.generate(torch.ones(1, 4, dtype=torch.long)).shape == (1, 7)
 
