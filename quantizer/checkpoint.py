@@ -95,10 +95,10 @@ def finish(work: Path, path: Path, model: nn.Module, tied: dict[str, str], extra
     Report.of(model).save(work / REPORT)
     for file in work.glob("*.safetensors"):
         shutil.copymode(work / REPORT, file)  # safetensors lets nobody but the owner read what it writes
-    config = _model_config(model)
+    config = model_config(model)
     config["quantization_config"] = describe(model, tied)
     config["quantization_config"]["files"] = {f.name: _fingerprint(f) for f in sorted(work.glob("*.safetensors*"))}
-    _write_json(work / CONFIG, config)
+    write_json(work / CONFIG, config)
     for file in map(Path, extra_files):
         if not (work / file.name).exists():
             shutil.copy2(file, work / file.name)
@@ -119,7 +119,7 @@ def contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises CheckpointError for state that safetensors cannot hold.
     """
-    tensors, tied = _tensors(model)
+    tensors, tied = state_tensors(model)
     tensors.update({join(name, GUARD): torch.empty(0, dtype=torch.int8) for name in quantized_layers(model)})
     return tensors, tied
 
@@ -222,7 +222,7 @@ def _describe(layer: QuantLayer) -> dict[str, Any]:
     }
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state by name, each shared tensor once, and which names share with which."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -252,7 +252,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, tied
 
 
-def _model_config(model: nn.Module) -> dict[str, Any]:
+def model_config(model: nn.Module) -> dict[str, Any]:
     """What Hugging Face models say of themselves; empty for other modules."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     config = dict(to_dict()) if callable(to_dict) else {}
@@ -292,10 +292,10 @@ def write_index(folder: Path, shards: dict[str, list[str]], total_bytes: int) ->
     """Which file holds which tensor, where there are several."""
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def _write_json(file: Path, data: dict[str, Any]) -> None:
+def write_json(file: Path, data: dict[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
 
 
