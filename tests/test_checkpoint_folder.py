@@ -37,7 +37,7 @@ def snapshot(folder):
 
 STEPS = {
     "a weight file": (checkpoint, "save_file"),
-    "json": (checkpoint, "_write_json"),
+    "json": (checkpoint, "write_json"),
     "checksums": (checkpoint, "_fingerprint"),
     "report": (checkpoint.Report, "save"),
     "copies of files": (shutil, "copy2"),
