@@ -72,6 +72,16 @@ class Report:
         rows = ",\n".join(json.dumps(asdict(row)) for row in self.layers)
         Path(path).write_text(f'{{"version": 1, "layers": [\n{rows}\n]}}\n', encoding="utf-8")
 
+    def save_html(self, path: str | Path, model: nn.Module | None = None) -> None:
+        """Write one self-contained HTML page (extra `report`).
+
+        model: the quantized model, for the bytes of what is not quantized and the options of each layer.
+        """
+        from .html.data import from_report
+        from .html.page import write
+
+        write([from_report(self, model=model)], path)
+
     def table(self, every: bool = False) -> Table:
         """A rich table; layers that differ only in numbers stand in one line (mean errors) unless `every`."""
         return tables.report_table(self, every)

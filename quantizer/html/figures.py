@@ -1,0 +1,295 @@
+"""The figures, once: Vega specifications that a browser draws in the page and vl-convert draws into files.
+
+Each has its data apart, under the name "table": the page gives it the rows of the layer that was chosen.
+https://vega.github.io/vega-lite/docs/ and, for the tree, https://vega.github.io/vega/docs/
+"""
+
+from typing import Any
+
+from .data import FLOAT, ROOT
+
+Spec = dict[str, Any]
+
+# Okabe and Ito (2008), told apart by colour-blind readers too; readable on white and on black.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A700", "#7F7F7F"]
+FLOAT_COLOUR = "#9A9A9A"
+BEFORE, AFTER = "#9A9A9A", "#0072B2"
+MEASURES = {
+    "weight_error": ("weight error, %", "Weight error of each layer: the distance of the weights, relative."),
+    "output_sqnr": ("output SQNR, dB", "Signal to noise of each layer's output on calibration data; more is better."),
+}
+CONFIG = {
+    "font": "system-ui, sans-serif",
+    "background": "transparent",
+    "view": {"stroke": None},
+    "axis": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "gridColor": "#ddd"},
+    "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "orient": "top"},
+}
+
+
+def layers(measure: str) -> Spec:
+    """Rows {"index", "name", "scheme", "flagged", <measure>}; the error in percent."""
+    title, description = MEASURES[measure]
+    return _lite(
+        description,
+        mark={"type": "point", "filled": True, "opacity": 0.9, "cursor": "pointer"},
+        encoding={
+            "x": {
+                "field": "index",
+                "type": "quantitative",
+                "title": "layer, in the model's order",
+                "scale": {"nice": False},
+            },
+            "y": {"field": measure, "type": "quantitative", "title": title},
+            "color": _by_scheme(),
+            "size": {"condition": {"test": "datum.flagged", "value": 110}, "value": 30},
+            "shape": {
+                "condition": {"test": "datum.flagged", "value": "diamond"},
+                "value": "circle",
+            },
+            "tooltip": [
+                {"field": "name", "title": "layer"},
+                {"field": "scheme"},
+                {"field": measure, "title": title, "format": ".3~f"},
+            ],
+        },
+    )
+
+
+def histogram(what: str) -> Spec:
+    """Rows {"from", "to", "share", "which"}, "which" being "before" or "after"; the share in percent."""
+    value = {"field": "from", "type": "quantitative", "title": what, "scale": {"zero": False, "nice": False}}
+    share = {
+        "field": "share",
+        "type": "quantitative",
+        "title": "share of values, %",
+        # Outliers are few: a linear axis would not show them at all.
+        "scale": {"type": "symlog", "constant": 0.01, "domainMin": 0},
+        "axis": {"values": [0, 0.01, 0.1, 1, 10, 100], "format": "~r"},
+        "stack": None,
+    }
+    floor = {"datum": 0}
+    colour = {
+        "field": "which",
+        "type": "nominal",
+        "title": None,
+        "scale": {"domain": ["before", "after"], "range": [BEFORE, AFTER]},
+    }
+    tooltip = [{"field": name, "format": ".4~g"} for name in ("from", "to", "share")] + [{"field": "which"}]
+    before = {
+        "transform": [{"filter": "datum.which == 'before'"}],
+        "mark": {"type": "bar", "opacity": 0.6, "binSpacing": 0},
+        "encoding": {"x": value, "x2": {"field": "to"}, "y": share, "y2": floor, "color": colour, "tooltip": tooltip},
+    }
+    after = {
+        "transform": [{"filter": "datum.which == 'after'"}],
+        "mark": {"type": "bar", "fillOpacity": 0, "stroke": AFTER, "strokeWidth": 1.2, "binSpacing": 0},
+        "encoding": {"x": value, "x2": {"field": "to"}, "y": share, "y2": floor, "tooltip": tooltip},
+    }
+    return _lite(f"Histogram of {what}, before and after quantization.", layer=[before, after], height=170)
+
+
+def spectrum() -> Spec:
+    """Rows {"index", "value", "kept", "rank"}: singular values from the first, and whether the branch has them."""
+    points = {
+        "mark": {"type": "point", "filled": True, "size": 16},
+        "encoding": {
+            "x": {"field": "index", "type": "quantitative", "title": "singular value, by size"},
+            "y": {
+                "field": "value",
+                "type": "quantitative",
+                "title": "its size",
+                "scale": {"type": "log", "nice": False},
+                "axis": {"format": "~g", "tickCount": 5},
+            },
+            "color": {
+                "field": "kept",
+                "type": "nominal",
+                "title": None,
+                "scale": {"domain": ["in the branch", "left for the codes"], "range": [COLOURS[5], BEFORE]},
+            },
+            "tooltip": [{"field": "index"}, {"field": "value", "format": ".4~g"}, {"field": "kept"}],
+        },
+    }
+    rule = {
+        "transform": [{"filter": "datum.index == 1 && datum.rank > 0"}],
+        "mark": {"type": "rule", "strokeDash": [4, 3], "color": COLOURS[5]},
+        "encoding": {"x": {"field": "rank", "type": "quantitative"}},
+    }
+    return _lite("Singular values of the weight, and the rank that was chosen.", layer=[points, rule], height=170)
+
+
+def tradeoff(measure: str) -> Spec:
+    """Rows {"name", "mib", "weight_error", "output_sqnr"}, one a report; the error in percent."""
+    title = {"weight_error": "weight error, %", "output_sqnr": "mean output SQNR, dB"}[measure]
+    x = {"field": "mib", "type": "quantitative", "title": "size, MiB", "scale": {"zero": False, "padding": 40}}
+    y = {"field": measure, "type": "quantitative", "title": title, "scale": {"zero": False, "padding": 24}}
+    points = {
+        "mark": {"type": "point", "filled": True, "size": 90, "color": COLOURS[0]},
+        "encoding": {
+            "x": x,
+            "y": y,
+            "tooltip": [
+                {"field": "name", "title": "report"},
+                {"field": "mib", "title": "MiB", "format": ".2~f"},
+                {"field": "weight_error", "title": "weight error, %", "format": ".3~f"},
+                {"field": "output_sqnr", "title": "mean SQNR, dB", "format": ".2~f"},
+            ],
+        },
+    }
+    names = {
+        "mark": {"type": "text", "dy": -11, "limit": 160},
+        "encoding": {"x": x, "y": y, "text": {"field": "name"}},
+    }
+    return _lite("Size against error, a point for each report.", layer=[points, names])
+
+
+def compare() -> Spec:
+    """Rows {"name", "scheme", "a", "b"}: the weight errors of one layer in two reports, in percent."""
+    log = {"type": "log", "nice": False, "padding": 12}
+    axis = {"format": "~g", "tickCount": 5}
+    points = {
+        "mark": {"type": "point", "filled": True, "cursor": "pointer"},
+        "encoding": {
+            "x": {"field": "a", "type": "quantitative", "title": "weight error here, %", "scale": log, "axis": axis},
+            "y": {"field": "b", "type": "quantitative", "title": "in the other, %", "scale": log, "axis": axis},
+            "color": _by_scheme(),
+            "tooltip": [
+                {"field": "name", "title": "layer"},
+                {"field": "a", "title": "here, %", "format": ".3~f"},
+                {"field": "b", "title": "in the other, %", "format": ".3~f"},
+            ],
+        },
+    }
+    diagonal = {
+        "transform": [
+            {"aggregate": [{"op": op, "field": f, "as": op + f} for op in ("min", "max") for f in ("a", "b")]},
+            {"calculate": "[max(datum.mina, datum.minb), min(datum.maxa, datum.maxb)]", "as": "ends"},
+            {"filter": "datum.ends[0] < datum.ends[1]"},
+            {"flatten": ["ends"]},
+        ],
+        "mark": {"type": "line", "strokeDash": [4, 3], "color": BEFORE},
+        "encoding": {
+            "x": {"field": "ends", "type": "quantitative"},
+            "y": {"field": "ends", "type": "quantitative"},
+        },
+    }
+    return _lite(
+        "Weight error of each layer in two reports; on the dashed line both are alike.", layer=[points, diagonal]
+    )
+
+
+def tree(schemes: list[str]) -> Spec:
+    """Nodes as `data.tree` makes them. Signals: `root`, the module that fills the picture; `measure`, before or after.
+
+    schemes: in the order of their colours.
+    """
+    inside = f"root === '{ROOT}' || datum.id === root || indexof(datum.id, root + '.') === 0"
+    box = {"x": {"field": "x0"}, "y": {"field": "y0"}, "x2": {"field": "x1"}, "y2": {"field": "y1"}}
+    tooltip = (
+        "{layer: datum.id, scheme: datum.scheme, 'MiB before': format(datum.before / 1048576, '.3~f'), "
+        "'MiB after': format(datum.after / 1048576, '.3~f')}"
+    )
+    colours = [FLOAT_COLOUR if s == FLOAT else c for s, c in zip(schemes, _enough(schemes), strict=True)]
+    roomy = "datum.x1 - datum.x0 > 7 * length(datum.label) && datum.y1 - datum.y0 > 14"
+    return {
+        "$schema": "https://vega.github.io/schema/vega/v6.json",
+        "description": "Bytes of each module: its area. Coloured by scheme.",
+        "width": 640,
+        "height": 340,
+        "padding": 0,
+        "autosize": {"type": "pad"},
+        "config": {key: CONFIG[key] for key in ("background", "legend")},
+        "signals": [{"name": "root", "value": ROOT}, {"name": "measure", "value": "after"}],
+        "data": [
+            {"name": "table"},
+            {
+                "name": "nodes",
+                "source": "table",
+                "transform": [
+                    {"type": "filter", "expr": inside},
+                    {"type": "formula", "as": "up", "expr": "datum.id === root ? null : datum.parent"},
+                    {"type": "formula", "as": "size", "expr": "datum[measure] || 0"},
+                    {"type": "stratify", "key": "id", "parentKey": "up"},
+                    {
+                        "type": "treemap",
+                        "field": "size",
+                        "sort": {"field": "value", "order": "descending"},
+                        "ratio": 1.6,
+                        "padding": 1,
+                        "size": [{"signal": "width"}, {"signal": "height"}],
+                    },
+                ],
+            },
+            {"name": "leaves", "source": "nodes", "transform": [{"type": "filter", "expr": "datum.size > 0"}]},
+            {
+                "name": "labels",
+                "source": "nodes",
+                "transform": [{"type": "filter", "expr": f"datum.depth === 1 && {roomy}"}],
+            },
+            {"name": "groups", "source": "nodes", "transform": [{"type": "filter", "expr": "datum.depth === 1"}]},
+        ],
+        "scales": [{"name": "colour", "type": "ordinal", "domain": schemes, "range": colours}],
+        "legends": [{"fill": "colour", "orient": "top", "direction": "horizontal", "symbolType": "square"}],
+        "marks": [
+            {
+                "type": "rect",
+                "from": {"data": "leaves"},
+                "encode": {
+                    "enter": {"fill": {"scale": "colour", "field": "scheme"}, "cursor": {"value": "pointer"}},
+                    "update": {**box, "tooltip": {"signal": tooltip}},
+                },
+            },
+            {
+                "type": "rect",
+                "from": {"data": "groups"},
+                "interactive": False,
+                "encode": {"enter": {"stroke": {"value": "#fff"}, "strokeWidth": {"value": 2}}, "update": box},
+            },
+            {
+                "type": "text",
+                "from": {"data": "labels"},
+                "interactive": False,
+                "encode": {
+                    "enter": {
+                        "fill": {"value": "#fff"},
+                        "fontWeight": {"value": "bold"},
+                        "baseline": {"value": "top"},
+                    },
+                    "update": {
+                        "text": {"field": "label"},
+                        "x": {"signal": "datum.x0 + 5"},
+                        "y": {"signal": "datum.y0 + 4"},
+                    },
+                },
+            },
+        ],
+    }
+
+
+def with_rows(spec: Spec, rows: list[dict[str, Any]]) -> Spec:
+    """The spec with its data in it."""
+    table = {"name": "table", "values": rows}
+    if isinstance(spec["data"], list):
+        return {**spec, "data": [table if d["name"] == "table" else d for d in spec["data"]]}
+    return {**spec, "data": table}
+
+
+def _lite(description: str, height: int = 230, **parts: Any) -> Spec:
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "description": description,
+        "width": 640,
+        "height": height,
+        "config": CONFIG,
+        "data": {"name": "table"},
+        **parts,
+    }
+
+
+def _by_scheme() -> Spec:
+    return {"field": "scheme", "type": "nominal", "title": None, "scale": {"range": COLOURS}}
+
+
+def _enough(schemes: list[str]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(schemes))]

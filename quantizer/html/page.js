@@ -1,0 +1,295 @@
+// The page works on what is in it: the table is HTML already, #data has the rest. Names reach the document as text
+// only, never as HTML.
+"use strict";
+(() => {
+  const { reports, specs, tradeoff, root } = JSON.parse(document.getElementById("data").textContent);
+  const $ = (selector, from = document) => from.querySelector(selector);
+  const $$ = (selector, from = document) => [...from.querySelectorAll(selector)];
+  const label = (name) => name || root;
+  const percent = (x) => (x == null ? "-" : (100 * x).toFixed(2) + " %");
+  const decibel = (x) => (x == null ? "-" : x.toFixed(1) + " dB");
+  const number = (x) => (typeof x === "number" && !Number.isInteger(x) ? Number(x.toPrecision(4)) : x);
+
+  function size(bytes) {
+    for (const unit of ["B", "KiB", "MiB"]) {
+      if (bytes < 1024) return (unit === "B" ? bytes : bytes.toFixed(1)) + " " + unit;
+      bytes /= 1024;
+    }
+    return bytes.toFixed(1) + " GiB";
+  }
+
+  function element(tag, text, ...children) {
+    const made = document.createElement(tag);
+    if (text != null) made.textContent = text;
+    made.append(...children);
+    return made;
+  }
+
+  let shown = 0; // index of the report
+  let other = null; // index of the one beside it
+  let chosen = reports[0].rows.length ? reports[0].rows[0].name : null;
+
+  // -- figures ---------------------------------------------------------------------------------------------------
+
+  const views = {};
+
+  async function draw(id, spec, rows, onClick) {
+    const place = document.getElementById(id);
+    if (!place) return;
+    views[id]?.finalize();
+    delete views[id];
+    place.replaceChildren();
+    if (!rows || !rows.length) return;
+    const filled = Array.isArray(spec.data)
+      ? { ...spec, data: spec.data.map((d) => (d.name === "table" ? { ...d, values: rows } : d)) }
+      : { ...spec, data: { name: "table", values: rows }, width: "container", autosize: { type: "fit-x", contains: "padding" } };
+    if (Array.isArray(spec.data)) filled.width = place.clientWidth;
+    const embedded = await vegaEmbed(place, filled, { renderer: "svg", actions: false });
+    views[id] = embedded;
+    if (onClick) embedded.view.addEventListener("click", (_, item) => item && item.datum && onClick(item.datum));
+  }
+
+  const bins = (counts) =>
+    ["before", "after"].flatMap((which) => {
+      const found = counts[which] || [];
+      const step = (counts.high - counts.low) / found.length;
+      const total = Math.max(1, found.reduce((a, b) => a + b, 0));
+      return found.map((count, i) => {
+        const from = counts.low + i * step;
+        return { from, to: from + step, share: (100 * count) / total, which };
+      });
+    });
+
+  const singular = ({ values, rank }) =>
+    values
+      .map((value, i) => ({ index: i + 1, value, rank, kept: i < rank ? "in the branch" : "left for the codes" }))
+      .filter(({ value }) => value > 0);
+
+  // -- the table -------------------------------------------------------------------------------------------------
+
+  const body = () => $(`#table tbody[data-report="${shown}"]`);
+
+  function sortBy(header) {
+    const column = [...header.parentNode.children].indexOf(header);
+    const down = header.getAttribute("aria-sort") === "none" ? header.classList.contains("number")
+      : header.getAttribute("aria-sort") === "ascending";
+    for (const each of header.parentNode.children) each.setAttribute("aria-sort", "none");
+    header.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const key = (row) => row.children[column].dataset.v ?? "";
+    const order = new Intl.Collator("en", { numeric: true });
+    const compare = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === "" || y === "") return (x === "") - (y === ""); // what is not known comes last either way
+      const numbers = [Number(x), Number(y)];
+      const way = numbers.some(Number.isNaN) ? order.compare(x, y) : numbers[0] - numbers[1];
+      return down ? -way : way;
+    };
+    body().append(...[...body().rows].sort(compare));
+  }
+
+  function filter() {
+    const wanted = $("#filter").value.trim().toLowerCase();
+    const only = $("#only").checked;
+    let count = 0;
+    for (const row of body().rows) {
+      const { name, scheme } = reports[shown].rows[row.dataset.i];
+      const fits = label(name).toLowerCase().includes(wanted) || scheme.toLowerCase().includes(wanted);
+      row.hidden = !fits || (only && !row.classList.contains("flagged"));
+      count += !row.hidden;
+    }
+    $("#count").textContent = `${count} of ${body().rows.length} layers`;
+  }
+
+  function step(button, by) {
+    const rows = [...body().rows].filter((row) => !row.hidden);
+    const next = rows[rows.indexOf(button.closest("tr")) + by];
+    next?.querySelector("button").focus();
+  }
+
+  // -- one layer -------------------------------------------------------------------------------------------------
+
+  async function choose(name, go) {
+    const row = reports[shown].rows.find((r) => r.name === name);
+    if (!row) return;
+    chosen = name;
+    for (const tr of body().rows) {
+      const is = reports[shown].rows[tr.dataset.i].name === name;
+      tr.classList.toggle("chosen", is);
+      if (is) tr.setAttribute("aria-current", "true");
+      else tr.removeAttribute("aria-current");
+    }
+    $("#h-layer").textContent = "One layer: " + label(name);
+    $("#chosen").value = name;
+    $("#advice").replaceChildren(...row.advice.map(advice));
+    $("#facts").replaceChildren(...facts(row).map(([k, v]) => element("div", null, element("dt", k), element("dd", v))));
+    if (go) {
+      $("#layer").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+      $("#h-layer").focus({ preventScroll: true });
+    }
+    await pictures(row);
+  }
+
+  function advice({ what, do: todo, rule }) {
+    const made = element("div", null, element("p", `${what}. ${todo}`));
+    if (rule) made.append(element("p", "As the first of the recipe's rules:"), element("pre", rule));
+    return made;
+  }
+
+  function facts(row) {
+    const found = [
+      ["scheme", row.scheme],
+      ["shape", `${row.out_features} × ${row.in_features}`],
+      ["weight error", percent(row.weight_error)],
+      ["output SQNR", decibel(row.output_sqnr)],
+      ["bytes", `${size(row.bytes_before)} → ${size(row.bytes_after)}`],
+      ["bits a weight", number((8 * row.bytes_after) / (row.in_features * row.out_features))],
+      ["calibration tokens", row.tokens],
+      ["seconds", number(row.seconds)],
+    ];
+    for (const [key, value] of Object.entries({ ...row.extra, ...row.options })) flatten(key, value, found);
+    return found.map(([key, value]) => [key.replaceAll("_", " "), String(value)]);
+  }
+
+  function flatten(key, value, into) {
+    if (value === null || value === undefined) return;
+    if (typeof value !== "object") into.push([key, number(value)]);
+    else for (const [inner, each] of Object.entries(value)) flatten(`${key} ${inner}`, each, into);
+  }
+
+  async function pictures(row) {
+    const { weight, input, spectrum } = row.details || {};
+    const none = "Not recorded. Quantize with --report (in Python: details=True)";
+    const later = none + ", or give the float model with --against.";
+    $("#c-weights").textContent = weight ? "The axis of shares is logarithmic, so that outliers are seen." : later;
+    $("#c-activations").textContent = input ? aboutInput(input) : row.details ? "No calibration data reached this layer, or it was not kept." : none + " and calibration data.";
+    $("#c-spectrum").textContent = spectrum ? aboutSpectrum(spectrum) : row.details ? "Not a linear layer." : later;
+    await draw("weights", specs.weights, weight && bins(weight));
+    await draw("activations", specs.activations, input && bins(input));
+    await draw("spectrum", specs.spectrum, spectrum && singular(spectrum));
+  }
+
+  function aboutInput(input) {
+    let text = `A sample of ${input.tokens} tokens; the largest value of a token is ${number(input.peak)} times its root mean square`;
+    if (input.peak_rounded == null) return text + ". The layer does not round them, or how is not known.";
+    if (input.peak_rounded !== input.peak) text += `, and ${number(input.peak_rounded)} times where it is rounded, after smoothing and rotation`;
+    return text + ". “After” is what the layer sees of them.";
+  }
+
+  function aboutSpectrum({ values, energy, rank }) {
+    const share = (n) => (100 * values.slice(0, n).reduce((sum, v) => sum + v * v, 0)) / energy;
+    const first = `The ${values.length} largest hold ${share(values.length).toFixed(1)} % of the weight's energy (squares)`;
+    if (!rank) return first + ".";
+    return `${first}; the ${rank} of the branch ${share(rank).toFixed(1)} %. Where they fall steeply, rank pays.`;
+  }
+
+  // -- bytes -----------------------------------------------------------------------------------------------------
+
+  const CHILDREN = 400; // of which a list can be chosen from
+  async function modules() {
+    const { tree, spec } = reports[shown];
+    const inner = tree.filter((node) => node.after === undefined).slice(0, CHILDREN);
+    $("#root").replaceChildren(...inner.map((node) => {
+      const option = element("option", node.id);
+      option.value = node.id;
+      return option;
+    }));
+    await draw("tree", spec, tree, into);
+    await enter(root);
+  }
+
+  async function enter(id) {
+    if (!views.tree) return;
+    $("#root").value = id;
+    await views.tree.view.signal("root", id).signal("measure", $("input[name=measure]:checked").value).runAsync();
+  }
+
+  function into({ id }) {
+    const nodes = reports[shown].tree;
+    const at = $("#root").value;
+    let node = nodes.find((n) => n.id === id);
+    if (reports[shown].rows.some((row) => row.name === id)) choose(id, false);
+    while (node && node.parent !== at) node = nodes.find((n) => n.id === node.parent);
+    if (node && node.after === undefined) enter(node.id);
+  }
+
+  // -- reports ---------------------------------------------------------------------------------------------------
+
+  async function show(index) {
+    shown = index;
+    const report = reports[shown];
+    for (const part of $$(".of-report, #table tbody")) part.hidden = Number(part.dataset.report) !== shown;
+    $("#chosen").replaceChildren(...report.rows.map(({ name }) => {
+      const option = element("option", label(name));
+      option.value = name;
+      return option;
+    }));
+    for (const header of $$("#table thead th")) header.setAttribute("aria-sort", "none");
+    filter();
+    await beside(other);
+    await draw("error", specs.error, report.error, (d) => choose(d.name === root ? "" : d.name, true));
+    $("#f-sqnr").hidden = !report.sqnr.length;
+    await draw("sqnr", specs.sqnr, report.sqnr, (d) => choose(d.name === root ? "" : d.name, true));
+    await choose(report.rows.some(({ name }) => name === chosen) ? chosen : report.rows[0]?.name, false);
+    await modules();
+  }
+
+  async function beside(index) {
+    other = index;
+    const there = new Map(index == null ? [] : reports[index].rows.map((row) => [row.name, row]));
+    for (const cell of $$("#table .compared")) cell.hidden = index == null;
+    const part = $("#comparison");
+    if (!part) return;
+    part.hidden = index == null;
+    if (index == null) return;
+    const found = [];
+    let better = 0;
+    for (const tr of body().rows) {
+      const row = reports[shown].rows[tr.dataset.i];
+      const twin = there.get(row.name);
+      const [error, sqnr] = $$(".compared", tr);
+      fill(error, twin?.weight_error, percent);
+      fill(sqnr, twin?.output_sqnr, decibel);
+      if (!twin) continue;
+      better += twin.weight_error < row.weight_error;
+      if (twin.weight_error && row.weight_error)
+        found.push({ name: label(row.name), scheme: row.scheme, a: 100 * row.weight_error, b: 100 * twin.weight_error });
+    }
+    $("#other-name").textContent = reports[index].name;
+    const both = [...body().rows].filter((tr) => there.has(reports[shown].rows[tr.dataset.i].name)).length;
+    $("#compared").textContent = `${both} layers are in both; ${better} of them have less weight error in ${reports[index].name}, `
+      + `which is ${size(reports[index].after)} beside ${size(reports[shown].after)}.`;
+    await draw("compare", specs.compare, found, (d) => choose(d.name === root ? "" : d.name, true));
+  }
+
+  function fill(cell, value, words) {
+    cell.textContent = words(value);
+    cell.dataset.v = value ?? "";
+  }
+
+  // -- wiring ----------------------------------------------------------------------------------------------------
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (!button) return;
+    if (button.classList.contains("layer")) choose(button.dataset.layer, true);
+    else if (button.closest("#table thead")) sortBy(button.closest("th"));
+  });
+  $("#table").addEventListener("keydown", (event) => {
+    const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!by || !event.target.matches("tbody button")) return;
+    event.preventDefault();
+    step(event.target, by);
+  });
+  $("#filter").addEventListener("input", filter);
+  $("#only").addEventListener("change", filter);
+  $("#chosen").addEventListener("change", (event) => choose(event.target.value, false));
+  $("#root").addEventListener("change", (event) => enter(event.target.value));
+  for (const radio of $$("input[name=measure]")) radio.addEventListener("change", () => enter($("#root").value));
+  $("#shown")?.addEventListener("change", (event) => show(Number(event.target.value)));
+  $("#other")?.addEventListener("change", (event) => beside(event.target.value === "" ? null : Number(event.target.value)));
+  addEventListener("resize", () => views.tree?.view.width($("#tree").clientWidth).runAsync());
+
+  show(0)
+    .then(() => draw("tradeoff", specs.tradeoff, tradeoff))
+    .then(() => { document.documentElement.dataset.ready = Math.round(performance.now()); });
+})();
