@@ -1,12 +1,20 @@
 """SVDQuant layers of nunchaku in and out, against a packer and a kernel written lane by lane from PTX's fragments."""
 
+import copy
+import functools
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qgraft import Quantizer, SVDQW4A4Linear, SVDQW4A8Linear, W4A16Linear
+from qgraft import Quantizer, SVDQW4A4Linear, SVDQW4A8Linear, W4A16Linear, load, save
 from qgraft.kernels.packing import unpack_int4
+from qgraft.quantizer import CheckpointError
 from qgraft.quantizer.interop import nunchaku
+from qgraft.quantizer.interop.nunchaku_models import load_nunchaku, save_nunchaku
 
 OPTIONS = {"rotate": False, "scales": "group_half", "rank": 16}
 LEAVES = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth"}
@@ -46,38 +54,48 @@ def factors_of_lanes(n, k):
                     yield from ((row, column), (row, column + 1))
 
 
+def down_of_lanes(k, rank):
+    """The same of the down-projection: ranks are the rows of its fragments, and blocks of inputs stay the slowest."""
+    for block in range(k // 16):
+        for step in range(rank // 16):
+            yield from ((16 * block + column, 16 * step + row) for row, column in factors_of_lanes(16, 16))
+
+
+@functools.cache
+def places(lanes, *shape):
+    """Where each element of a file stands in the row-major tensor of this shape."""
+    return torch.tensor([at[0] * shape[1] + at[1] if len(shape) == 2 else at for at in lanes(*shape)])
+
+
+def pack(tensor, lanes):
+    return tensor.flatten()[places(lanes, *tensor.shape)].reshape(tensor.shape)
+
+
+def unpack(tiles, lanes):
+    return torch.empty_like(tiles).flatten().index_copy(0, places(lanes, *tiles.shape), tiles.flatten()).view_as(tiles)
+
+
 def pack_codes(codes):
-    n, k = codes.shape
-    nibbles = [int(codes[at]) & 15 for at in codes_of_lanes(n, k)]
-    packed = [low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)]
-    return torch.tensor(packed, dtype=torch.uint8).view(torch.int8).reshape(n, k // 2)
+    nibbles = pack(codes.view(torch.uint8) & 15, codes_of_lanes)
+    return (nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(torch.int8)
+
+
+def unpack_codes(qweight):
+    nibbles = torch.stack((qweight & 15, qweight >> 4 & 15), -1).flatten(1)
+    return unpack(torch.where(nibbles > 7, nibbles - 16, nibbles), codes_of_lanes)
 
 
 def pack_scales(scale):
-    n, groups = scale.shape
-    rows = list(rows_of_lanes(n))
-    order = [scale[row, g] for start in range(0, n, 128) for g in range(groups) for row in rows[start : start + 128]]
-    return torch.stack(order).reshape(groups, n)
+    blocks = [part[places(rows_of_lanes, 128)].t() for part in scale.split(128)]  # (G, 128) each
+    return torch.cat([block.flatten() for block in blocks]).reshape(scale.shape[1], -1)
 
 
-def pack_vector(vector):
-    return torch.stack([vector[row] for row in rows_of_lanes(len(vector))])
-
-
-def pack_up(up):
-    return torch.stack([up[at] for at in factors_of_lanes(*up.shape)]).reshape(up.shape)
-
-
-def pack_down(down):
-    """The down-projection has the ranks as the rows of its fragments; blocks of inputs stay the slowest."""
-    k, rank = down.shape
-    order = [
-        (16 * block + column, 16 * step + row)
-        for block in range(k // 16)
-        for step in range(rank // 16)
-        for row, column in factors_of_lanes(16, 16)
-    ]
-    return torch.stack([down[at] for at in order]).reshape(k, rank)
+def unpack_scales(tiles):
+    groups, n = tiles.shape
+    scale = tiles.new_empty(n, groups)
+    for start, block in zip(range(0, n, 128), tiles.reshape(-1, groups, 128), strict=True):
+        scale[start + places(rows_of_lanes, 128)] = block.t()
+    return scale
 
 
 def random_truth(n, k, rank=16, bias=True, dtype=torch.bfloat16):
@@ -96,14 +114,16 @@ def file_of(truth, old_names=False):
     tensors = {
         "qweight": pack_codes(truth["codes"]),
         "wscales": pack_scales(truth["scale"]),
-        "smooth_factor": pack_vector(truth["smooth_factor"]),
-        "proj_down": pack_down(truth["proj_down"]),
-        "proj_up": pack_up(truth["proj_up"]),
+        "smooth_factor": pack(truth["smooth_factor"], rows_of_lanes),
+        "proj_down": pack(truth["proj_down"], down_of_lanes),
+        "proj_up": pack(truth["proj_up"], factors_of_lanes),
     }
     if truth["bias"] is not None:
-        tensors["bias"] = pack_vector(truth["bias"])
+        tensors["bias"] = pack(truth["bias"], rows_of_lanes)
     if old_names:
-        tensors = {LEAVES.get(name, name): t for name, t in tensors.items()} | {"smooth_orig": tensors["smooth_factor"]}
+        tensors = {LEAVES.get(name, name): t for name, t in tensors.items()} | {
+            "smooth_orig": tensors["smooth_factor"].clone()
+        }
     return tensors
 
 
@@ -299,17 +319,22 @@ def test_the_shipped_recipe_makes_layers_that_can_be_exported():
 # ---- AWQ layers ------------------------------------------------------------------------------------------------------
 
 
+def codes_of_words(n, k):
+    """(row, column) of each code of an AWQ layer in TinyChat's order: 16-bit words of columns that lie 8 apart."""
+    for rows in range(n // 4):
+        for block in range(k // 64):
+            for row in range(4):
+                for word in range(16):
+                    for nibble in range(4):
+                        yield 4 * rows + row, 64 * block + 32 * (word // 8) + 8 * nibble + word % 8
+
+
 def pack_awq(codes):
-    """TinyChat's order, element by element: (N, K) in 0..15 -> (N / 4, K / 2) int32."""
+    """(N, K) in 0..15 -> (N / 4, K / 2) int32."""
     n, k = codes.shape
-    words = torch.zeros(n // 4, k, dtype=torch.int32)  # 16 bits each
-    for row in range(n):
-        for column in range(k):
-            block, inside = divmod(column, 64)
-            half, place = divmod(inside, 32)
-            at = block * 64 + (row % 4) * 16 + half * 8 + place % 8
-            words[row // 4, at] |= int(codes[row, column]) << 4 * (place // 8)
-    return words.to(torch.int16).view(torch.int32)
+    nibbles = pack(codes, codes_of_words).view(-1, 4).to(torch.int32)
+    words = sum(nibbles[:, i] << 4 * i for i in range(4))
+    return words.to(torch.int16).view(torch.int32).reshape(n // 4, k // 2)
 
 
 @pytest.mark.parametrize("chunks", [0, 3, 6])
@@ -337,3 +362,254 @@ def test_awq_layers_become_w4a16_with_modulations_in_diffusers_order(chunks):
     assert torch.allclose(layer.bias.float(), bias, atol=2**-7)
     with pytest.raises(ValueError, match="no multiple"):
         nunchaku.import_awq(tensors | {"wzeros": tensors["wzeros"] * 1.05}, (n, k))
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+def flux(**options):
+    """FLUX as diffusers has it, with blocks of 128 features, which nunchaku's tiles want, and random biases."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=2,
+        joint_attention_dim=48, pooled_projection_dim=40, axes_dims_rope=(16, 24, 24), **options,
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def flux_batch(dtype=torch.float32):
+    return {
+        "hidden_states": torch.randn(2, 21, 16, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 7, 48, dtype=dtype),
+        "pooled_projections": torch.randn(2, 40, dtype=dtype),
+        "timestep": torch.rand(2, dtype=dtype),
+        "img_ids": torch.randn(21, 3),
+        "txt_ids": torch.zeros(7, 3),
+    }
+
+
+# nunchaku's file layer (old name, new name), the model's layers in it, part of the input, after a GELU
+DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+FLUX_LAYERS = [
+    (DOUBLE, "qkv_proj", "attn.to_qkv", ["attn.to_q", "attn.to_k", "attn.to_v"], slice(None), False),
+    (DOUBLE, "qkv_proj_context", "attn.add_qkv_proj", ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+     slice(None), False),
+    (DOUBLE, "out_proj", "attn.to_out.0", ["attn.to_out.0"], slice(None), False),
+    (DOUBLE, "out_proj_context", "attn.to_add_out", ["attn.to_add_out"], slice(None), False),
+    (DOUBLE, "mlp_fc1", "ff.net.0.proj", ["ff.net.0.proj"], slice(None), False),
+    (DOUBLE, "mlp_fc2", "ff.net.2", ["ff.net.2"], slice(None), True),
+    (DOUBLE, "mlp_context_fc1", "ff_context.net.0.proj", ["ff_context.net.0.proj"], slice(None), False),
+    (DOUBLE, "mlp_context_fc2", "ff_context.net.2", ["ff_context.net.2"], slice(None), True),
+    (SINGLE, "qkv_proj", "attn.to_qkv", ["attn.to_q", "attn.to_k", "attn.to_v"], slice(None), False),
+    (SINGLE, "mlp_fc1", "mlp_fc1", ["proj_mlp"], slice(None), False),
+    (SINGLE, "out_proj", "attn.to_out", ["proj_out"], slice(0, 128), False),
+    (SINGLE, "mlp_fc2", "mlp_fc2", ["proj_out"], slice(128, None), True),
+]  # fmt: skip
+FLUX_NORMS = [(DOUBLE, "norm1.linear"), (DOUBLE, "norm1_context.linear"), (SINGLE, "norm.linear")]
+
+
+def quantized_in_the_manner_of_the_engine(weight, smooth):
+    """A truth near a float weight (N, K): the branch by SVD, the residual to nearest."""
+    u, s, vh = torch.linalg.svd(weight.double() * smooth)
+    up, down = (u[:, :16] * s[:16]).bfloat16(), (vh[:16] / smooth).t().bfloat16()
+    rest = (weight.double() - up.double() @ down.double().t()) * smooth
+    groups = rest.unflatten(1, (-1, 64))
+    scale = (groups.abs().amax(-1) / 7).bfloat16()
+    codes = (groups / scale.double()[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int8)
+    return {"codes": codes, "scale": scale, "smooth_factor": smooth.bfloat16(), "proj_down": down, "proj_up": up}
+
+
+def published_file(model, old):
+    """A file as nunchaku publishes it, made of a float model, and that model with the weights that the file means."""
+    meant = copy.deepcopy(model)
+    tensors = {}
+    for block, before, after, parts, columns, shifted in FLUX_LAYERS:
+        linears = [meant.get_submodule(f"{block}.{part}") for part in parts]
+        weight = torch.cat([linear.weight.data for linear in linears])[:, columns]
+        truth = quantized_in_the_manner_of_the_engine(weight, (torch.rand(weight.shape[1]) + 0.5).bfloat16().double())
+        bias = torch.cat([linear.bias.data for linear in linears])
+        if before == "out_proj" and block == SINGLE:
+            bias = torch.zeros_like(bias)  # the whole of it is with mlp_fc2
+        effective = weight_of(truth | {"bias": None})
+        residual = effective - truth["proj_up"].double() @ truth["proj_down"].double().t()
+        truth["bias"] = (bias - 0.171875 * residual.sum(1) if shifted else bias).bfloat16()
+        start = 0
+        for linear in linears:
+            linear.weight.data[:, columns] = effective[start : start + linear.out_features].float()
+            start += linear.out_features
+        stored = file_of(truth, old_names=old)
+        tensors |= {f"{block}.{before if old else after}.{leaf}": t for leaf, t in stored.items()}
+    for block, name in FLUX_NORMS:
+        linear = meant.get_submodule(f"{block}.{name}")
+        (n, k), chunks = linear.weight.shape, len(linear.weight) // len(linear.weight[0])
+        groups = linear.weight.data.double().unflatten(1, (-1, 64))
+        scale = (groups.abs().amax(-1) / 7).bfloat16()
+        codes = (groups / scale.double()[..., None]).round().clamp(-7, 7)
+        linear.weight.data = (codes * scale.double()[..., None]).flatten(1).float()
+        bias = linear.bias.data.clone().unflatten(0, (chunks, k))
+        bias[{3: [1], 6: [1, 4]}[chunks]] += 1
+        rows = torch.arange(n).unflatten(0, (chunks, k)).t().flatten()
+        tensors |= {
+            f"{block}.{name}.qweight": pack_awq((codes.flatten(1) + 7).to(torch.int8)[rows]),
+            f"{block}.{name}.wscales": scale[rows].t().contiguous(),
+            f"{block}.{name}.wzeros": (-7 * scale[rows].float()).bfloat16().t().contiguous(),
+            f"{block}.{name}.bias": bias.flatten()[rows].bfloat16(),
+        }
+    taken = [f"{b}.{p}." for b, _, _, parts, _, _ in FLUX_LAYERS for p in parts] + [f"{b}.{n}." for b, n in FLUX_NORMS]
+    for name, t in model.state_dict().items():
+        if not name.startswith(tuple(taken)):
+            tensors[name.replace(".attn.norm_", ".norm_") if old else name] = t
+    return tensors, meant
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_published_flux_file_fills_the_model_of_diffusers(tmp_path, old):
+    tensors, meant = published_file(flux(), old)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "svdq-int4.safetensors")
+    model = load_nunchaku(tmp_path / "svdq-int4.safetensors", flux())
+    for name, linear in meant.named_modules():
+        layer = model.get_submodule(name)
+        if isinstance(linear, nn.Linear) and not isinstance(layer, nn.Linear):
+            assert relative(layer.dequantize(), linear.weight.data) < 1e-5, name
+            assert torch.allclose(layer.bias.float(), linear.bias, atol=0.02), name
+    kinds = [type(model.get_submodule(f"{b}.{p[0]}")).__name__ for b, _, _, p, _, _ in FLUX_LAYERS]
+    assert [name == "SVDQW4A8Linear" for name in kinds] == [s or p == ["proj_out"] for *_, p, _, s in FLUX_LAYERS]
+    assert type(model.get_submodule(f"{DOUBLE}.norm1.linear")) is W4A16Linear
+    batch = flux_batch()
+    with torch.no_grad():
+        assert relative(model(**batch)[0], meant(**batch)[0]) < 0.02
+    save(model, tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out", model=flux())(**batch)[0], model(**batch)[0])
+
+
+def test_a_file_that_does_not_fit_changes_nothing_and_says_what_is_wrong(tmp_path):
+    tensors, _ = published_file(flux(), old=False)
+    model = flux()
+    before, names = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    qkv, k = f"{DOUBLE}.attn.to_qkv", "proj_out.weight"
+    for change, words in (
+        ({k: None}, "'proj_out.weight' is missing"),
+        ({k: torch.zeros(3, 128)}, r"'proj_out.weight' has shape \(3, 128\) in the file, \(16, 128\) in the model"),
+        ({"extra": torch.zeros(1)}, "'extra' is not the model's"),
+        ({f"{qkv}.wscales": None}, f"'{qkv}': no SVDQ layer: missing wscales"),
+        ({f"{qkv}.wcscales": torch.ones(384)}, "an NVFP4 layer"),
+        (
+            {"blocks.7.to_x.qweight": torch.zeros(128, 64, dtype=torch.int8)},
+            "no linear layer 'blocks.7.to_x' in the model",
+        ),
+        ({f"{DOUBLE}.attn.to_q.qweight": torch.zeros(128, 64, dtype=torch.int8)}, "would get two layers of the file"),
+    ):
+        changed = {name: t.contiguous() for name, t in (tensors | change).items() if t is not None}
+        save_file(changed, tmp_path / "file.safetensors")
+        with pytest.raises(CheckpointError, match=words):
+            load_nunchaku(tmp_path / "file.safetensors", model)
+        assert [type(m) for m in model.modules()] == names
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    save_file({"a": torch.zeros(1)}, tmp_path / "file.safetensors")
+    with pytest.raises(CheckpointError, match="holds no layer of nunchaku"):
+        load_nunchaku(tmp_path / "file.safetensors", model)
+
+
+def test_names_say_where_the_layers_of_another_model_go(tmp_path):
+    truth = random_truth(256, 128)
+    save_file({f"a.{leaf}": t for leaf, t in file_of(truth).items()}, tmp_path / "file.safetensors")
+    model = nn.ModuleDict({"x": nn.Linear(128, 96), "y": nn.Linear(128, 160)})
+    model = load_nunchaku(tmp_path / "file.safetensors", model, names={"a": ("x", "y")})
+    whole = torch.cat([model["x"].dequantize(), model["y"].dequantize()])
+    assert torch.allclose(whole.double(), weight_of(truth), atol=1e-5)
+    with pytest.raises(CheckpointError, match="names: the file has no layer 'b'"):
+        load_nunchaku(tmp_path / "file.safetensors", nn.Linear(1, 1), names={"b": "x"})
+
+
+def made_for_nunchaku():
+    model = flux().bfloat16()
+    data = [flux_batch(torch.bfloat16) for _ in range(2)]
+    return Quantizer(model).quantize("w4a4_nunchaku", calibration=data, progress=False)
+
+
+def test_a_nunchaku_lite_folder_goes_out_and_in_again_bit_for_bit(tmp_path):
+    model, batch = made_for_nunchaku(), flux_batch(torch.bfloat16)
+    save_nunchaku(model, tmp_path / "out")
+    again = load_nunchaku(tmp_path / "out", flux())
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(t, state[name]) and t.dtype == state[name].dtype for name, t in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(again(**batch)[0], model(**batch)[0])
+    save_nunchaku(again, tmp_path / "twice")
+    first, second = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("out", "twice"))
+    assert first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
+    with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+        save_nunchaku(model, tmp_path / "out")
+
+
+class Kernels:
+    """The two kernels that diffusers calls, in float64 from the tiles; what passes between them is row-major."""
+
+    @staticmethod
+    def quantize_w4a4_act_fuse_lora(x, codes, scales, down, branch, smooth, fuse_glu, fp4):
+        assert not fuse_glu and not fp4
+        rows = len(x)
+        branch[:rows] = (x.double() @ unpack(down, down_of_lanes).double()).float()
+        groups = (x.double() / unpack(smooth, rows_of_lanes).double()).unflatten(1, (-1, 64))
+        step = (groups.abs().amax(-1) / 7).clamp_min(1e-30)
+        nibbles = (groups / step[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int64) & 15
+        codes[:rows] = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
+        scales[:, :rows] = step.t().to(scales.dtype)
+
+    @staticmethod
+    def gemm_w4a4(*args):
+        act, weight, out, _, act_scales, scales, _, _, branch, up, *_ = args
+        bias, act_unsigned, lora_scales, _, nvfp4 = args[15], *args[19:23]
+        assert not act_unsigned and not nvfp4 and set(lora_scales) == {1.0}
+        rows = len(out)
+        nibbles = torch.stack((act & 15, act >> 4), -1).flatten(1).to(torch.int64)
+        codes = torch.where(nibbles > 7, nibbles - 16, nibbles)[:rows].unflatten(1, (-1, 64)).double()
+        x = (codes * act_scales.t()[:rows, :, None].double()).flatten(1)
+        w = unpack_codes(weight).unflatten(1, (-1, 64)) * unpack_scales(scales).double()[..., None]
+        y = x @ w.flatten(1).t() + branch[:rows].double() @ unpack(up, factors_of_lanes).double().t()
+        out.copy_(y if bias is None else y + unpack(bias, rows_of_lanes).double())
+
+
+def test_the_stock_loader_of_diffusers_takes_the_folder_and_computes_the_same(tmp_path, monkeypatch):
+    """All of diffusers' own code but for the kernels, which want a GPU, and the check that there is one."""
+    model, batch = made_for_nunchaku(), flux_batch(torch.bfloat16)
+    save_nunchaku(model, tmp_path / "out")
+    from diffusers import FluxTransformer2DModel
+    from diffusers.quantizers.nunchaku import NunchakuLiteQuantizer
+    from diffusers.utils import constants, import_utils
+
+    monkeypatch.setattr(import_utils, "_kernels_available", True)
+    monkeypatch.setattr(import_utils, "_kernels_version", "0.17.2")
+    monkeypatch.setattr(constants, "DIFFUSERS_TRUST_REMOTE_KERNELS", True)
+    get_kernel = SimpleNamespace(get_kernel=lambda *_, **__: SimpleNamespace(ops=Kernels))
+    monkeypatch.setitem(sys.modules, "kernels", get_kernel)
+    monkeypatch.delitem(sys.modules, "diffusers.quantizers.nunchaku.utils", raising=False)
+    monkeypatch.setattr(NunchakuLiteQuantizer, "validate_environment", lambda *_, **__: None)
+    theirs, info = FluxTransformer2DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    from diffusers.quantizers.nunchaku import utils
+
+    utils.check_strict_state_dict_match(theirs, load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"))
+    assert not any(info.values()) and type(theirs.proj_out) is nn.Linear
+    assert sum(isinstance(m, utils.SVDQW4A4Linear) for m in theirs.modules()) == 17
+    with torch.no_grad():
+        assert relative(theirs(**batch)[0], model(**batch)[0]) < 0.01
+    layer, other = (m.get_submodule(f"{SINGLE}.proj_out") for m in (model, theirs))
+    x = torch.randn(300, 640).bfloat16()
+    assert relative(other(x), layer(x)) < 0.005
+
+
+def test_a_model_that_nunchaku_lite_cannot_hold_is_not_written(tmp_path):
+    model = flux().bfloat16()
+    Quantizer(model).quantize("w4a4_svd_fast", progress=False)
+    with pytest.raises(CheckpointError, match=r"layer 'transformer_blocks.0.attn.to_q': .*recipe w4a4_nunchaku"):
+        save_nunchaku(model, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no quantized layer"):
+        save_nunchaku(flux(), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="a Linear is no model of diffusers"):
+        save_nunchaku(nn.Linear(1, 1), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,155 @@
+"""Quantized diffusion models through diffusers' own `save_pretrained` and `from_pretrained`.
+
+    Quantizer(pipe.transformer).quantize("w8a16")            in place; the pipeline goes on as it is
+    pipe.save_pretrained("folder")
+    pipe = DiffusionPipeline.from_pretrained("folder")       after `import qgraft`; equal to the last bit
+
+config.json of the component then has our `quantization_config` (see quantizer/checkpoint.py, without checksums). A
+diffusers without qgraft stops at its quant_method, which it does not know. Needs diffusers 0.36 or later.
+"""
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from ..checkpoint import GUARD, check_config, describe, join
+from ..errors import CheckpointError, some
+from ..loading import NAMED_FLOATS, fit, put, tie_codes
+from ..weight_files import aligned
+
+
+class Method(str, Enum):
+    """diffusers asks a quant_method for its `value`."""
+
+    QGRAFT = "qgraft"
+
+
+METHOD = Method.QGRAFT
+
+
+class QGraftConfig(QuantizationConfigMixin):
+    """What was done to a model, as its config.json says.
+
+    diffusers quantizes nothing while it loads for us: load the float model and give it to a Quantizer.
+    Raises CheckpointError for a record that is incomplete, or of another version.
+    """
+
+    def __init__(self, **recorded: Any):
+        recorded = check_config({**recorded, "quant_method": METHOD.value}, "quantization_config")
+        self.__dict__.update(recorded, quant_method=METHOD)
+
+    def __repr__(self) -> str:  # the mixin's own wants a method that it does not have
+        return f"QGraftConfig({len(self.layers)} layers)"
+
+
+class QGraftQuantizer(DiffusersQuantizer):
+    """Loads and saves the layers of ours in a diffusers model."""
+
+    def __init__(self, quantization_config: QGraftConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise CheckpointError(
+                "diffusers cannot quantize by a qgraft config while it loads: load the float model, and call "
+                "qgraft.Quantizer(model).quantize(recipe)"
+            )
+        self.files: list[Path] = []
+        self.own: dict[str, Tensor] = {}  # our buffers by name, while a model is loaded
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if "disk" in (device_map.values() if isinstance(device_map, dict) else ()):
+            raise CheckpointError("device_map: quantized layers are not offloaded to disk; use cpu or a device")
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """diffusers would make all of it float32 by default; ours come as they were, if they were of one type."""
+        names = {entry.get("dtype") for entry in self.quantization_config.layers.values()}
+        return NAMED_FLOATS.get(names.pop()) if torch_dtype is None and len(names) == 1 else torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """The names in the files, without the guards; called before the model is looked at."""
+        self.files = [Path(file) for file in checkpoint_files]
+        strange = [str(file) for file in self.files if file.suffix != ".safetensors"]
+        if strange:
+            raise CheckpointError(f"{some(strange)}: quantized weights are read from safetensors only")
+        guards = {join(name, GUARD) for name in self.quantization_config.layers}
+        return [name for name in loaded_keys if name not in guards]
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        """Replace the layers of the skeleton, which is on meta, by empty ones of ours.
+
+        Raises CheckpointError, before any weight is read, where files, config and model do not fit to the last tensor.
+        """
+        _, sites, layers = fit(self.files[0].parent, model, self.quantization_config.to_dict(), self.files)
+        put(model, sites, layers, {})
+        self.own = {
+            join(name, leaf): buffer
+            for name, layer in layers.items()
+            for leaf, buffer in layer._buffers.items()
+            if buffer is not None
+        }
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, *_: Any, **__: Any
+    ) -> bool:
+        return param_name in self.own
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Put a tensor of ours in its place as the file has it; diffusers has cast `param_value` to another type."""
+        path, _, leaf = param_name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = aligned(state_dict[param_name].to(target_device))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        left = [name for name in self.own if model.get_buffer(name).is_meta]
+        if left:
+            raise CheckpointError(f"{self.files[0].parent}: diffusers did not load {some(sorted(left))}")
+        self.own = {}
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":
+                parameter.data = aligned(parameter.data)
+        tie_codes(m for m in model.modules() if hasattr(m, "tied_to"))
+        model.is_quantized = False  # to diffusers it means that the model cannot be cast, and this one can
+        attach_to(model, self)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the state, and a guard for each layer (see quantizer/checkpoint.py)."""
+        if not safe_serialization:
+            raise CheckpointError("quantized weights are written as safetensors only: safe_serialization=True")
+        guard = torch.empty(0, dtype=torch.int8)
+        return state_dict | {join(name, GUARD): guard.clone() for name in self.quantization_config.layers}, {}
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are: gradients go through every quantized layer to its input."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach_to(model: nn.Module, quantizer: QGraftQuantizer | None = None) -> None:
+    """Let `model.save_pretrained` write what is quantized; `model.config` says so from now on."""
+    config = QGraftConfig(**describe(model, {}))
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer = quantizer or QGraftQuantizer(config)
+    model.hf_quantizer.quantization_config = config
