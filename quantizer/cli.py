@@ -35,6 +35,19 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Kind(str, Enum):
+    """Figures of a report; those that `html.drawing` knows."""
+
+    error = "error"
+    sqnr = "sqnr"
+    weights = "weights"
+    activations = "activations"
+    spectrum = "spectrum"
+    tree = "tree"
+    tradeoff = "tradeoff"
+    compare = "compare"
+
+
 def _debug(wanted: bool) -> bool:
     if wanted:
         set_debug(True)
@@ -56,6 +69,14 @@ ModelDir = Annotated[
 RecipeName = Annotated[
     str,
     typer.Option("--recipe", "-r", metavar="R", help="Shipped recipe (see `qgraft recipes`) or a YAML file."),
+]
+Folders = Annotated[
+    list[Path],
+    typer.Argument(metavar="DIR", help="Quantized models, or report.json files.", show_default=False),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(metavar="MODEL_DIR", help="The float model, to compare weights with."),
 ]
 Every = Annotated[bool, typer.Option("--every", help="One line a layer, even where they are alike.")]
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
@@ -162,6 +183,52 @@ def inspect(
     from . import cli_inspect
 
     cli_inspect.inspect(folder, every, as_json)
+
+
+@app.command()
+@exit_codes()
+def report(
+    folders: Folders,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page instead.")] = None,
+    against: Against = None,
+    every: Every = False,
+    debug: Debug = False,
+) -> None:
+    """Show what became of each layer, and what to do.
+
+    Several models are compared. The page has histograms of weights and activations if the model was
+    quantized with --report; --against finds those of the weights later.
+
+    \b
+    Example: qgraft report ./w4a4 ./w4a8 --html report.html
+    """
+    from . import cli_report
+
+    cli_report.report(folders, html, against, every)
+
+
+@app.command()
+@exit_codes()
+def plot(
+    folders: Folders,
+    kind: Annotated[Kind, typer.Option(help="What to draw.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="An .svg, .png or .pdf file.", show_default=False)
+    ],
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For weights, activations and spectrum: of which layer.")
+    ] = None,
+    against: Against = None,
+    debug: Debug = False,
+) -> None:
+    """Draw a figure of the report into a file.
+
+    \b
+    Example: qgraft plot ./w4a4 --kind tree -o bytes.svg
+    """
+    from . import cli_report
+
+    cli_report.plot(folders, kind.value, output, layer, against)
 
 
 @app.command("eval")
