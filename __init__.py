@@ -25,7 +25,7 @@ from .layers import (
 )
 from .quantizer import Plan, Quantizer, Report
 from .quantizer.checkpoint import save
-from .quantizer.interop.transformers_register import register as _register
+from .quantizer.interop.clients import register as _register
 from .quantizer.loading import load
 from .recipes import Recipe, RecipeError, load_recipe, shipped_recipes
 

@@ -14,7 +14,7 @@ from ..layers import EMBEDDINGS, Experts, QuantEmbedding, QuantLayer, is_fused, 
 from ..recipes import suggest
 from .checkpoint import CONFIG, GUARD, REPORT, join, read_config, read_json
 from .errors import CheckpointError, some
-from .interop.transformers_register import attach
+from .interop.clients import attach
 from .kinds import empty, shape_of
 from .report import Report
 from .rules import ALL

@@ -17,7 +17,7 @@ from ..layers import QuantLayer, QuantLinear, Stats, Unsuitable, tie
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
 from .errors import CalibrationError, PlanError, QuantizeError, some
-from .interop.transformers_register import attach
+from .interop.clients import attach
 from .kinds import as_linear, empty, quantized, shape_of
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure

@@ -5,7 +5,7 @@
     pipe = DiffusionPipeline.from_pretrained("folder")       after `import qgraft`; equal to the last bit
 
 config.json of the component then has our `quantization_config` (see quantizer/checkpoint.py, without checksums). A
-diffusers without qgraft stops at its quant_method, which it does not know. Needs diffusers 0.36 or later.
+diffusers without qgraft stops at its quant_method, which it does not know. Needs diffusers 0.42 or later.
 """
 
 from enum import Enum
