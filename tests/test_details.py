@@ -50,7 +50,7 @@ def test_weight_only_layers_round_no_inputs(scheme):
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a4_svd", "w4a16"])
 def test_histograms_count_every_value_in_equal_bins_of_one_range(scheme):
-    linear, layer, stats, x = made(scheme)
+    linear, layer, stats, _ = made(scheme)
     found = layer_details(linear.weight, layer, stats)
     for which, before, after in (
         ("weight", linear.weight.detach(), layer.dequantize()),

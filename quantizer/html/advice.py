@@ -5,6 +5,7 @@ from the median in units of 1.4826 times the median absolute deviation.
 """
 
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from ...layers import EMBEDDINGS, SCHEMES
+from ...recipes.match import REGEX
 
 Row = dict[str, Any]
 
@@ -143,7 +145,9 @@ def _rule(row: Row, what: dict[str, Any]) -> str:
     """One rule as YAML, to paste under `rules:`; "" for the root, which has no name to match."""
     if not row["name"]:
         return ""
-    return yaml.safe_dump([{"match": [row["name"]], **what}], sort_keys=False, default_flow_style=None, width=1000)
+    # A name may begin as a regex does.
+    pattern = REGEX + re.escape(row["name"]) if row["name"].startswith(REGEX) else row["name"]
+    return yaml.safe_dump([{"match": [pattern], **what}], sort_keys=False, default_flow_style=None, width=1000)
 
 
 def _spread(rows: list[Row], field: str, scale) -> dict[str, tuple[float, float]]:
