@@ -12,13 +12,15 @@ libraries need to run once. What is measured does not depend on how busy the mac
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import math
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from .peers import unchanged_settings
 from .yardsticks import SAMPLES, Scores
 
 FORMAT = 1
+PATIENCE = 3600  # seconds for one entrant on one model
 
 
 def load(name: str, samples: int = SAMPLES) -> tuple[nn.Module, Batches]:
@@ -105,20 +108,40 @@ def _attempt(name: str, entrant: Entrant, samples: int, console: Console) -> Row
     reason = entrant.absent()
     if reason is None:
         try:
-            with unchanged_settings():
+            with unchanged_settings(), _patience():
                 row = measure(name, entrant, samples)
             main = yardsticks.yardsticks()[name].main
             value = row["scores"][main]
             shown = "not a number" if value is None else accuracy_table.show(value)
-            console.print(f"{name}: {entrant.library} {entrant.name}: {main} {shown}, {row['bits']:.2f} bits, "
+            console.print(f"{name}: {entrant.name}: {main} {shown}, {row['bits']:.2f} bits, "
                           f"{row['seconds']:.0f} s", soft_wrap=True)  # fmt: skip
             return row
         except Exception as error:  # other libraries may raise anything, and that they did is a result
             reason = in_words(error)
         finally:
             gc.collect()
-    console.print(f"{name}: {entrant.library} {entrant.name}: not run: {reason}", soft_wrap=True)
+    console.print(f"{name}: {entrant.name}: not run: {reason}", soft_wrap=True)
     return {"model": name, "library": entrant.library, "name": entrant.name, "reason": reason}
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """TimeoutError after PATIENCE seconds, where the system has an alarm clock: some libraries have cases that
+    would take days."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"takes more than {PATIENCE // 60} minutes")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _read(file: Path | None) -> dict[str, Any]:
