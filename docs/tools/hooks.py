@@ -22,6 +22,7 @@ from mkdocs.structure.pages import Page
 
 LINK = re.compile(r"\]\((\.\./[^)#\s]*)")
 FIGURE = re.compile(r"!\[([^\]]*)\]\(\.\./([^)#\s]*)")
+NOTEBOOK = re.compile(r"\]\((notebooks/\w+)\.py\)")
 QUOTATION = re.compile(r"^```(\w+) file=(\S+)$", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -69,6 +70,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
     # Markdown inside <details> is shown as such by GitHub; Python-Markdown wants to be told.
     markdown = markdown.replace("<details>", '<details markdown="1">')
+    markdown = NOTEBOOK.sub(r"](\1.md)", markdown)
     markdown = FIGURE.sub(r"![\1](\2", markdown)
     return LINK.sub(to_repository, QUOTATION.sub(r'```\1 title="\2"', markdown))
 
