@@ -11,7 +11,7 @@ from .html.against import read_details
 from .report import Report
 
 
-def report(folders: list[Path], html: Path | None, against: Path | None, every: bool) -> None:
+def report(folders: list[Path], html: Path | None, against: Path | None = None, every: bool = False) -> None:
     """The page needs its libraries: they are asked for before anything is read."""
     if html is not None:
         drawing.converter()
