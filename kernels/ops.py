@@ -33,7 +33,7 @@ _lib.define(
 )
 _lib.define(
     "w8a8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? act_scale, "
-    "Tensor? act_zero_point, Tensor? bias) -> Tensor"
+    "Tensor? act_zero_point, Tensor? bias, Tensor? smooth_factor=None, int rotation=0) -> Tensor"
 )
 _lib.define(
     "w4a16_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? smooth_factor, "
@@ -201,16 +201,18 @@ def _backward_svdq(ctx, grad: Tensor):
 
 
 def _save_w8a8(ctx, inputs, output) -> None:
-    _, qweight, scale, zero_point, _, _, bias = inputs
-    ctx.save_for_backward(qweight, scale, zero_point)
+    x, qweight, scale, zero_point, _, _, bias, smooth_factor, ctx.rotation = inputs
+    ctx.save_for_backward(qweight, scale, zero_point, smooth_factor)
+    ctx.in_features = x.shape[1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward_w8a8(ctx, grad: Tensor):
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = (grad.float() @ reference.w8a8_dequantize(*ctx.saved_tensors)).to(grad.dtype)
-    return grad_x, None, None, None, None, None, _grad_bias(ctx, grad, 6)
+        weight = reference.w8a8_dequantize(ctx.in_features, *ctx.saved_tensors, ctx.rotation)
+        grad_x = (grad.float() @ weight).to(grad.dtype)
+    return grad_x, None, None, None, None, None, _grad_bias(ctx, grad, 6), None, None
 
 
 def _save_w4a16(ctx, inputs, output) -> None:

@@ -15,6 +15,9 @@ MAX_GROUP_SCALE = 16
 # Symmetric, so that -x always quantizes to minus the code of x.
 INT4_MAX = 7
 INT8_MAX = 127
+# Steps of a 4-bit activation from 0 to the largest of its group. The largest is rounded down to code 7, off by half a
+# step as any other number may be, and all steps are 7 % finer than with 7: 0.25 dB less noise, for nothing.
+ACT_STEPS = 7.5
 # Below this a row counts as zero: its codes are 0 whatever it is divided by.
 TINY = 1e-30
 
@@ -72,13 +75,18 @@ def w8a8_linear(
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
     bias: Tensor | None,
+    smooth_factor: Tensor | None = None,
+    rotation: int = 0,
 ) -> Tensor:
     """y = s_a * scale * sum_k (qa - za) (qweight - zero_point) + bias, the integer sum exact.
 
-    x (M, K) float; qweight (N, K) int8; scale (N,) float32; zero_point (N,) int8, or None for 0; bias (N,) or None.
-    The codes qa and their s_a and za come from :func:`w8a8_quantize`. Returns (M, N) in x's dtype.
+    x (M, K) float; qweight (N, Kp) int8; scale (N,) float32; zero_point (N,) int8, or None for 0; bias (N,) or None.
+    The codes qa and their s_a and za come from :func:`w8a8_quantize`, of x or of what is made of it: divided by
+    smooth_factor (K,) float32, and padded to Kp and rotated in groups of `rotation` features, a power of two. Without
+    rotation (0) Kp is K. Returns (M, N) in x's dtype.
     """
-    codes, steps = w8a8_quantize(x, act_scale, act_zero_point)
+    changed = smooth_and_rotate(x.float(), smooth_factor, qweight.shape[1], rotation)
+    codes, steps = w8a8_quantize(changed, act_scale, act_zero_point)
     act, weight = codes.double(), qweight.double()  # float64 holds every sum of K < 2^37 products
     if act_zero_point is not None:
         act = act - act_zero_point
@@ -106,10 +114,18 @@ def w8a8_quantize(x: Tensor, act_scale: Tensor | None, act_zero_point: Tensor | 
     return codes.clamp(-INT8_MAX - 1, INT8_MAX).to(torch.int8), steps
 
 
-def w8a8_dequantize(qweight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """The effective weight, (N, K) float32: scale * (code - zero_point)."""
+def w8a8_dequantize(
+    in_features: int,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    smooth_factor: Tensor | None = None,
+    rotation: int = 0,
+) -> Tensor:
+    """The effective weight seen from raw x, (N, K) float32: scale * (code - zero_point), rotated back, unsmoothed."""
     codes = qweight.float()
-    return (codes if zero_point is None else codes - zero_point[:, None]) * scale[:, None]
+    weight = (codes if zero_point is None else codes - zero_point[:, None]) * scale[:, None]
+    return _seen_from_raw_x(weight, in_features, smooth_factor, None, None, rotation, rotation > 0)
 
 
 def bitnet_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,6 +163,14 @@ def rotate_groups(x: Tensor, group_size: int) -> Tensor:
     return (x.unflatten(-1, (-1, group_size)) @ hadamard(group_size, x.device).to(x.dtype)).flatten(-2)
 
 
+def smooth_and_rotate(x: Tensor, smooth_factor: Tensor | None, padded: int, rotation: int) -> Tensor:
+    """x' = (x / s) H: x (M, K) float32 divided by s (K,), padded to (M, padded), rotated in groups of `rotation`."""
+    if smooth_factor is not None:
+        x = x / smooth_factor
+    x = F.pad(x, (0, padded - x.shape[-1]))
+    return rotate_groups(x, rotation) if rotation else x
+
+
 def svdq_quantize(
     x: Tensor,
     smooth_factor: Tensor | None,
@@ -168,16 +192,13 @@ def svdq_quantize(
     Four bits, group scales: codes in [-7, 7], x' ~ codes * scale of the group.
     Four bits, two-level: a float per token times an integer a = 1..16 per group; the codes returned are the folded
     ones, a * code in [-112, 112], so that x' ~ codes * scale of the token and one int8 product does the whole row.
-    The integer is rounded to nearest (a little clipping costs less than coarser steps).
+    The integer is rounded to nearest (a little clipping costs less than coarser steps), and the largest magnitude is
+    7.5 steps (ACT_STEPS), not 7.
     Eight bits: one float per token, codes in [-127, 127].
     """
     x = x.float()
     lora_act = x @ proj_down.float() if proj_down is not None else x.new_zeros(x.shape[0], 0)
-    if smooth_factor is not None:
-        x = x / smooth_factor
-    x = F.pad(x, (0, padded - x.shape[-1]))
-    if rotate:
-        x = rotate_groups(x, group_size)
+    x = smooth_and_rotate(x, smooth_factor, padded, group_size if rotate else 0)
     if act_bits == 8:
         scale = (x.abs().amax(-1, keepdim=True) / INT8_MAX).clamp_min(TINY)  # (M, 1)
         return (x / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale, lora_act
@@ -187,8 +208,8 @@ def svdq_quantize(
         scale = (absmax / INT4_MAX).clamp_min(TINY)
         codes = (groups / scale).round().clamp(-INT4_MAX, INT4_MAX)
         return codes.flatten(-2).to(torch.int8), scale.squeeze(-1), lora_act
-    token_scale = (absmax.amax(1, keepdim=True) / (INT4_MAX * MAX_GROUP_SCALE)).clamp_min(TINY)  # (M, 1, 1)
-    integer = (absmax / (INT4_MAX * token_scale)).round().clamp(1, MAX_GROUP_SCALE)
+    token_scale = (absmax.amax(1, keepdim=True) / (ACT_STEPS * MAX_GROUP_SCALE)).clamp_min(TINY)  # (M, 1, 1)
+    integer = (absmax / (ACT_STEPS * token_scale)).round().clamp(1, MAX_GROUP_SCALE)
     codes = (groups / (integer * token_scale)).round().clamp(-INT4_MAX, INT4_MAX) * integer
     return codes.flatten(-2).to(torch.int8), token_scale.squeeze(-1), lora_act
 
@@ -313,11 +334,7 @@ def w4a16_linear(
     """
     act = x.float()
     y = 0.0 if proj_down is None or proj_up is None else (act @ proj_down.float()) @ proj_up.float().t()
-    if smooth_factor is not None:
-        act = act / smooth_factor
-    act = F.pad(act, (0, 2 * qweight.shape[1] - x.shape[1]))
-    if rotate:
-        act = rotate_groups(act, group_size)
+    act = smooth_and_rotate(act, smooth_factor, 2 * qweight.shape[1], group_size if rotate else 0)
     act = act.to(x.dtype).float()
     y = y + act @ w4_residual(qweight, scale, zero_point, group_size).t()
     return add_bias(y, bias).to(x.dtype)

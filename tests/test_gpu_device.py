@@ -447,7 +447,7 @@ def test_gradients_flow_as_through_the_dequantized_layer(which):
     if which < 2:
         weight = reference.w8_dequantize(*rest[:2])
     elif which == 3:
-        weight = reference.w8a8_dequantize(*rest[:3])
+        weight = reference.w8a8_dequantize(x.shape[1], *rest[:3])
     elif which == 4:
         *tensors, _, group_size, rotate = rest
         weight = reference.w4a16_dequantize(x.shape[1], *tensors, group_size, rotate)

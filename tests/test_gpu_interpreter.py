@@ -492,6 +492,16 @@ def test_w8a8_with_each_kind_of_scale_and_zero_point(kernels, static, act_zero, 
     assert_w8a8(kernels, w8a8_problem(5, 37, 2000, dtype, zero_point, static, act_zero, bias=zero_point))
 
 
+@pytest.mark.parametrize("static, zero_point", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("rotation, k", [(0, 77), (64, 77), (64, 2048), (128, 300)])
+def test_w8a8_smooths_and_rotates_first(kernels, static, zero_point, rotation, k):
+    padded = -(-k // rotation) * rotation if rotation else k
+    x, _, *rest = w8a8_problem(5, 37, k, zero_point=zero_point, static=static)
+    x[:, 3] *= 50  # an outlier, which is what the rotation is for
+    qweight = torch.randint(-127, 128, (37, padded), dtype=torch.int8)
+    assert_w8a8(kernels, (x, qweight, *rest, torch.rand(k) + 0.5, rotation))
+
+
 def test_w8a8_takes_the_largest_sums_zeros_infinity_and_nan(kernels):
     k = 4096
     x = torch.full((3, k), 1e9)

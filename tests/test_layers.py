@@ -302,8 +302,8 @@ def formula_in_float64(layer: SVDQW4A4Linear, x: torch.Tensor) -> torch.Tensor:
     if layer.act_bits == 8:
         step = top.amax(1, keepdim=True) / 127
     elif s.scales == "two_level":
-        token = top.amax(1, keepdim=True) / (7 * 16)
-        step = token * (top / (7 * token)).round().clamp(1, 16)
+        token = top.amax(1, keepdim=True) / (7.5 * 16)
+        step = token * (top / (7.5 * token)).round().clamp(1, 16)
     else:
         step = top / 7
     act = (act / step[..., None]).round().clamp(-last, last) * step[..., None]

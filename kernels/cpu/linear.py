@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..operands import FOLDED_PRODUCT, features_in_int32, require, require_int32_sums
+from ..operands import FOLDED_PRODUCT, features_in_int32, require, require_int32_sums, require_whole_groups
 from . import native, plain
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -57,13 +57,19 @@ def w8a8_linear(
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
     bias: Tensor | None,
+    smooth_factor: Tensor | None = None,
+    rotation: int = 0,
 ) -> Tensor:
     """See :func:`qgraft.kernels.reference.w8a8_linear`. A token with NaN in it comes out as NaN."""
     op, lib = "w8a8_linear", native.library()
-    (m, k), n = x.shape, qweight.shape[0]
-    if lib is None or k > W8A8_MAX_FEATURES:
-        return reference.w8a8_linear(x, qweight, scale, zero_point, act_scale, act_zero_point, bias)
-    qweight = require(op, x, "qweight", qweight, (torch.int8,), n, k)
+    (m, k), (n, padded) = x.shape, qweight.shape
+    if lib is None or padded > W8A8_MAX_FEATURES or rotation & (rotation - 1) or 0 < rotation < UNIT:
+        return reference.w8a8_linear(
+            x, qweight, scale, zero_point, act_scale, act_zero_point, bias, smooth_factor, rotation
+        )
+    require_whole_groups(op, k, padded, rotation)
+    qweight = require(op, x, "qweight", qweight, (torch.int8,), n, padded)
+    smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
     scale = require(op, x, "scale", scale, (torch.float32,), n)
     zero_point = require(op, x, "zero_point", zero_point, (torch.int8,), n)
     act_scale = require(op, x, "act_scale", act_scale, (torch.float32,))
@@ -73,8 +79,9 @@ def w8a8_linear(
     if y.numel():
         zero = 0 if act_zero_point is None or act_scale is None else int(act_zero_point)
         act = x.float().contiguous()
-        _call(op, lib.qg_w8a8, act.data_ptr(), qweight.data_ptr(), scale.data_ptr(), _address(zero_point),
-              _address(act_scale), zero, *_typed(bias), *_typed(y), m, n, k)  # fmt: skip
+        _call(op, lib.qg_w8a8, act.data_ptr(), _address(smooth_factor), qweight.data_ptr(), scale.data_ptr(),
+              _address(zero_point), _address(act_scale), zero, *_typed(bias), *_typed(y),
+              m, n, k, padded, rotation)  # fmt: skip
     return y.to(x.dtype)
 
 
@@ -117,7 +124,7 @@ def w4a16_linear(
         return reference.w4a16_linear(
             x, qweight, scale, zero_point, smooth_factor, proj_down, proj_up, bias, group_size, rotate
         )
-    _check_padding(op, k, padded, group_size)
+    require_whole_groups(op, k, padded, group_size)
     groups = padded // group_size
     qweight = require(op, x, "qweight", qweight, (torch.uint8,), n, padded // 2)
     scale = require(op, x, "scale", scale, tuple(TYPES), n, groups)
@@ -149,7 +156,7 @@ def svdq_quantize(
     if lib is None or not _native_groups(group_size, two_level, act_bits):
         return reference.svdq_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits)
     m, k = x.shape
-    _check_padding(op, k, padded, group_size)
+    require_whole_groups(op, k, padded, group_size)
     smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
     rank = 0 if proj_down is None else proj_down.shape[1]
     proj_down = require(op, x, "proj_down", proj_down, tuple(TYPES), k, rank)
@@ -188,7 +195,7 @@ def svdq_linear(
         return plain.svdq_linear(
             x, qweight, scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size, rotate, act_bits
         )
-    _check_padding(op, k, padded, group_size)
+    require_whole_groups(op, k, padded, group_size)
     if two_level:
         require_int32_sums(padded, FOLDED_PRODUCT, op)
     groups = padded // group_size
@@ -214,11 +221,6 @@ def svdq_linear(
 
 def _native_groups(group_size: int, two_level: bool, act_bits: int) -> bool:
     return group_size in (16, 32, 64, 128, 256) and (act_bits == 8 or (act_bits == 4 and two_level))
-
-
-def _check_padding(op: str, k: int, padded: int, group_size: int) -> None:
-    if padded < k or padded % group_size:
-        raise ValueError(f"{op}: padded must be a multiple of {group_size} and at least {k}, got {padded}")
 
 
 def _bias(op: str, x: Tensor, bias: Tensor | None, n: int) -> Tensor | None:

@@ -144,7 +144,7 @@ _SIGNATURES = {
     "qg_features": "",
     "qg_w8": "pil pp pi pi lll",
     "qg_w8_group": "pil ppp pi pi llll",
-    "qg_w8a8": "p pppp i pi pi lll",
+    "qg_w8a8": "pp pppp i pi pi lllll",
     "qg_bitnet": "ppp pi pi lll",
     "qg_w4_float": "pppi ppi p pi pi pi lllll ii l",
     "qg_svdq_quantize": "pppi llll ii l ppp",

@@ -13,13 +13,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import reference
-from ..operands import require
+from ..operands import require, require_whole_groups
 from .common import FLOATS, ROUNDER, TERMS, has_tensor_memory, launch, target_of
 from .low_rank import project_down
 from .rotation import rotate_groups
 from .split_k import splits_for, workspace
 
 INT4_MAX = tl.constexpr(float(reference.INT4_MAX))
+ACT_STEPS = tl.constexpr(reference.ACT_STEPS)
 INT8_MAX = tl.constexpr(float(reference.INT8_MAX))
 MAX_GROUP_SCALE = tl.constexpr(float(reference.MAX_GROUP_SCALE))
 TINY = tl.constexpr(reference.TINY)
@@ -95,7 +96,7 @@ def quantize_token(
                 x = load_groups(x_row, smooth_ptr, k + offs_k, K, BLOCK_G, GROUP, ROTATE, X_TERMS)
                 largest = tl.maximum(largest, tl.max(magnitude(x), axis=1))
         # (The maximum of all, not along axis 0: Triton 3.7 fails on sm_100 at two reductions in a row.)
-        token_scale = step_of(tl.max(largest), INT8_MAX if ACT_BITS == 8 else INT4_MAX * MAX_GROUP_SCALE)
+        token_scale = step_of(tl.max(largest), INT8_MAX if ACT_BITS == 8 else ACT_STEPS * MAX_GROUP_SCALE)
         tl.store(scale_ptr + token, token_scale)
 
     for k in tl.range(0, padded, BLOCK_K, num_stages=1):
@@ -109,7 +110,7 @@ def quantize_token(
             absmax = tl.max(magnitude(x), axis=1)  # (BLOCK_G,)
             if TWO_LEVEL:
                 absmax_f = absmax.to(tl.float32, bitcast=True)
-                integer = tl.maximum(round_to(absmax_f, token_scale * INT4_MAX, MAX_GROUP_SCALE), 1.0)
+                integer = tl.maximum(round_to(absmax_f, token_scale * ACT_STEPS, MAX_GROUP_SCALE), 1.0)
                 codes = round_to(x, (integer * token_scale)[:, None], INT4_MAX) * integer[:, None]
             else:
                 scale = step_of(absmax, INT4_MAX)
@@ -212,8 +213,7 @@ def quantize(
         raise ValueError(f"{op}: group_size must be 16, 32, 64, 128 or 256, got {group_size}")
     if act_bits not in (4, 8):
         raise ValueError(f"{op}: act_bits must be 4 or 8, got {act_bits}")
-    if padded < k or padded % group_size:
-        raise ValueError(f"{op}: padded must be a multiple of {group_size} and at least {k}, got {padded}")
+    require_whole_groups(op, k, padded, group_size)
     x = require(op, x, "x", x, FLOATS, m, k)
     smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
     proj_down = require(op, x, "proj_down", proj_down, FLOATS, k, rank)

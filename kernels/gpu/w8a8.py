@@ -13,11 +13,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import reference
-from ..operands import require, require_int32_sums
+from ..operands import require, require_int32_sums, require_whole_groups
 from . import configs
 from .common import FLOATS, ROUNDER, launch, target_of, tile_of
 from .epilogue import store_transposed
 from .split_k import share_of, share_out, sum_of_shares
+from .svdq_quantize import quantize as quantize_rotated
+from .svdq_quantize import smooth_and_rotate
 
 INT8_MAX = tl.constexpr(float(reference.INT8_MAX))
 TINY = tl.constexpr(reference.TINY)
@@ -176,11 +178,14 @@ def w8a8_linear(
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
     bias: Tensor | None,
+    smooth_factor: Tensor | None = None,
+    rotation: int = 0,
 ) -> Tensor:
     """See :func:`qgraft.kernels.reference.w8a8_linear`."""
     op = "w8a8_linear"
-    (m, k), n = x.shape, qweight.shape[0]
-    x = require(op, x, "x", x, FLOATS, m, k)
+    m, (n, k) = x.shape[0], qweight.shape
+    x = require(op, x, "x", x, FLOATS, m, x.shape[1])
+    require_whole_groups(op, x.shape[1], k, rotation)
     qweight = require(op, x, "qweight", qweight, (torch.int8,), n, k)
     scale = require(op, x, "scale", scale, (torch.float32,), n)
     zero_point = require(op, x, "zero_point", zero_point, (torch.int8,), n)
@@ -191,7 +196,15 @@ def w8a8_linear(
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
-    codes, steps, sums = quantize(x, act_scale, act_zero_point)
+    if rotation and act_scale is None and zero_point is None:  # in one launch; nothing then needs the sums
+        codes, steps, _ = quantize_rotated(x, smooth_factor, None, k, rotation, True, False, 8, planes=False)
+        sums = None
+    else:
+        if rotation:
+            x, _ = smooth_and_rotate(x.float(), smooth_factor, None, k, rotation, True, planes=1)
+        elif smooth_factor is not None:
+            x = x.float() / require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
+        codes, steps, sums = quantize(x, act_scale, act_zero_point)
     tile = configs.tile("w8a8", x, m, n, k, config, m, k, target_of(x))
     programs, splits, shares, counters = share_out(x, m, n, k, tile, tile["BLOCK_K"], torch.int32)
     launch(

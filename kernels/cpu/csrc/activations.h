@@ -6,7 +6,7 @@
 namespace qg {
 
 // The constants of reference.py.
-constexpr float MAX_INT4 = 7, MAX_INT8 = 127, MAX_GROUP_SCALE = 16, TINY = 1e-30f;
+constexpr float MAX_INT4 = 7, ACT_STEPS = 7.5f, MAX_INT8 = 127, MAX_GROUP_SCALE = 16, TINY = 1e-30f;
 
 inline F signs_of(int distance) {  // +1 where a butterfly adds, -1 where it subtracts
   float signs[LANES];
@@ -88,9 +88,9 @@ inline float quantize_token(const float* x, int64_t padded, int64_t group_size, 
     round_to(x, padded, scale, MAX_INT8, 1, codes);
     return scale;
   }
-  const float scale = step_of(most, MAX_INT4 * MAX_GROUP_SCALE);
+  const float scale = step_of(most, ACT_STEPS * MAX_GROUP_SCALE);
   for (int64_t g = 0; g < padded; g += group_size) {
-    const float ratio = std::nearbyint(absmax(x + g, group_size) / (MAX_INT4 * scale));
+    const float ratio = std::nearbyint(absmax(x + g, group_size) / (ACT_STEPS * scale));
     const float integer = std::min(std::max(ratio, 1.0f), MAX_GROUP_SCALE);
     round_to(x + g, group_size, integer * scale, MAX_INT4, integer, codes + g);
   }

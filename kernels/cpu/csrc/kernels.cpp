@@ -58,18 +58,21 @@ QG_EXPORT int32_t qg_w8_group(const void* x, int32_t x_type, int64_t ldx, const 
   return run(Float32());
 }
 
-QG_EXPORT int32_t qg_w8a8(const float* x, const int8_t* qweight, const float* scale, const int8_t* zero_point,
-                          const float* act_scale, int32_t act_zero_point, const void* bias, int32_t bias_type, void* y,
-                          int32_t type, int64_t m, int64_t n, int64_t k) {
-  const int64_t wide = round_up(k, BYTES);
+// rotation: features of a group that is rotated, or 0; k features are padded to whole groups, `padded` in all.
+QG_EXPORT int32_t qg_w8a8(const float* x, const float* smooth_factor, const int8_t* qweight, const float* scale,
+                          const int8_t* zero_point, const float* act_scale, int32_t act_zero_point, const void* bias,
+                          int32_t bias_type, void* y, int32_t type, int64_t m, int64_t n, int64_t k, int64_t padded,
+                          int64_t rotation) {
+  const int64_t wide = round_up(padded, BYTES);
   const Memory<Integer::A> codes(m * wide);
   const Memory<float> steps(m);
   const Memory<int32_t> sums(m);
   if (!codes.data || !steps.data || !sums.data) return 1;
-  if (quantize_w8a8(x, m, k, wide, act_scale, act_zero_point, codes.data, steps.data, sums.data)) return 1;
+  const RawTokens tokens{x, smooth_factor, m, k, padded, rotation};
+  if (quantize_w8a8(tokens, wide, act_scale, act_zero_point, codes.data, steps.data, sums.data)) return 1;
   const Output out{y, Type(type), n, bias, Type(bias_type)};
   const IntegerSums ends{scale, steps.data, Integer::OFFSET + act_zero_point, zero_point, sums.data};
-  return gemm<Integer>(codes.data, wide, m, n, wide, W8A8{qweight, k, ends, out});
+  return gemm<Integer>(codes.data, wide, m, n, wide, W8A8{qweight, padded, ends, out});
 }
 
 QG_EXPORT int32_t qg_bitnet(const float* x, const uint8_t* qweight, const float* scale, const void* bias,

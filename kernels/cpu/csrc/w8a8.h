@@ -31,12 +31,25 @@ struct W8A8 {
   }
 };
 
-// x (M, K) float32 -> codes (M, wide) as `Integer` wants them, with their scale and sum for each token. `given` is the
+// Activations (M, K) float32 as they come, and what is to be done to them: division by smooth_factor (K,), and a
+// rotation of every `rotation` of the `padded` features; either may be absent.
+struct RawTokens {
+  const float *x, *smooth_factor;
+  int64_t m, k, padded, rotation;
+
+  void prepare(int64_t t, int64_t wide, float* row) const {
+    prepare_token(x + t * k, smooth_factor, k, padded, rotation > 0, rotation, row);
+    std::fill(row + padded, row + wide, 0.0f);
+  }
+};
+
+// The tokens -> codes (M, wide) as `Integer` wants them, with their scale and sum for each token. `given` is the
 // static scale, or null to take each token's own.
-inline int quantize_w8a8(const float* x, int64_t m, int64_t k, int64_t wide, const float* given, int32_t zero,
-                         Integer::A* codes, float* act_scale, int32_t* act_sums) {
-  return each_token(m, wide, [=](int64_t t, float* row, int8_t* bytes) {
-    prepare_token(x + t * k, nullptr, k, wide, false, 0, row);
+inline int quantize_w8a8(RawTokens tokens, int64_t wide, const float* given, int32_t zero, Integer::A* codes,
+                         float* act_scale, int32_t* act_sums) {
+  return each_token(tokens.m, wide, [=](int64_t t, float* row, int8_t* bytes) {
+    const int64_t k = tokens.padded;
+    tokens.prepare(t, wide, row);
     if (given) {
       const bool nan = std::any_of(row, row + k, [](float v) { return v != v; });  // which rounding would hide
       act_scale[t] = nan ? NAN : *given;
