@@ -24,6 +24,7 @@ from .layers import (
     W8GroupLinear,
 )
 from .quantizer import Plan, Quantizer, Report
+from .quantizer.allocate import Allocation, allocate
 from .quantizer.checkpoint import save
 from .quantizer.interop.clients import register as _register
 from .quantizer.loading import load
@@ -31,6 +32,7 @@ from .recipes import Recipe, RecipeError, load_recipe, shipped_recipes
 
 __version__ = "0.1.0"
 __all__ = [
+    "Allocation",
     "BitLinear",
     "BitNetLinear",
     "EmbeddingW4",
@@ -52,6 +54,7 @@ __all__ = [
     "W8A16Linear",
     "W8A32Linear",
     "W8GroupLinear",
+    "allocate",
     "functional",
     "load",
     "load_recipe",

@@ -35,6 +35,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Group(str, Enum):
+    """Which layers `allocate` gives the same."""
+
+    fused = "fused"
+    none = "none"
+
+
 class Kind(str, Enum):
     """Figures of a report; those that `html.drawing` knows."""
 
@@ -142,6 +149,47 @@ def plan(
     from . import cli_quantize
 
     cli_quantize.plan(model_dir, recipe, every, as_json)
+
+
+@app.command()
+@exit_codes()
+def allocate(
+    model_dir: ModelDir,
+    budget: Annotated[
+        str,
+        typer.Option(metavar="B", help="'4.6 bits' of a weight, or '2.1 GiB' of the whole model.", show_default=False),
+    ],
+    candidate: Annotated[
+        list[str],
+        typer.Option("--candidate", "-c", metavar="R", help="A recipe to choose from; several.", show_default=False),
+    ],
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Text like what the model will see; - for stdin.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The recipe to write, .yaml.", show_default=False)],
+    rank: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Try candidates with a branch of this rank, too; several.")
+    ] = None,
+    group: Annotated[Group, typer.Option(help="fused: the same for q, k and v, and for gate and up.")] = Group.fused,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences of text to measure with.")] = 16,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all numbers there, too.")] = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Choose the recipe of each layer so that a budget of bits or bytes is used best.
+
+    Measures once what each candidate does to each layer, then solves for the least error within the
+    budget. Writes an ordinary recipe, and shows what other budgets would buy.
+
+    \b
+    Example: qgraft allocate ./model --budget '4.6 bits' -c w4a16 -c w8a16 --rank 16
+                 --calibration t.txt --out mine.yaml
+    """
+    where = _device(device)
+    from . import cli_allocate
+
+    cli_allocate.run(model_dir, budget, candidate, rank or [], group.value, calibration, samples, out, json, where)
 
 
 @app.command()

@@ -48,7 +48,7 @@ def quantize(
         return
     with quiet(bars=sys.stderr.isatty()):
         tokenizer = source.tokenizer()
-        data = None if text is None else _calibration(source, tokenizer, text, spec.calibration)
+        data = None if text is None else calibration_batches(source, tokenizer, text, spec.calibration)
         say(f"loading {source}")
         model = source.load(dtype)
     if device is not None:
@@ -77,7 +77,9 @@ def _check(planned: Plan, calibrated: bool) -> None:
             raise CalibrationError(f"layer '{layer.label}': {complaint}; give --calibration")
 
 
-def _calibration(source: ModelFolder, tokenizer: Any, text: str, spec: CalibrationSpec) -> list[dict[str, Tensor]]:
+def calibration_batches(
+    source: ModelFolder, tokenizer: Any, text: str, spec: CalibrationSpec
+) -> list[dict[str, Tensor]]:
     """The text as batches of one sequence each."""
     if tokenizer is None:
         raise CalibrationError(f"{source}: has no tokenizer, without which text cannot calibrate it")
