@@ -28,6 +28,7 @@ from .quantizer.allocate import Allocation, allocate
 from .quantizer.checkpoint import save
 from .quantizer.interop.clients import register as _register
 from .quantizer.loading import load
+from .quantizer.streaming import quantize_files
 from .recipes import Recipe, RecipeError, load_recipe, shipped_recipes
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "functional",
     "load",
     "load_recipe",
+    "quantize_files",
     "save",
     "shipped_recipes",
 ]

@@ -116,12 +116,18 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop there.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Load the model in this type; auto: its own.")] = Dtype.auto,
     device: Device = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Layer by layer, from file to file; by default where possible."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize a model and save it, with its tokenizer.
 
     Shows the plan, quantizes, and shows the error of each layer. All that can be refused is refused before
     the weights are read. The calibration text is cut into sequences, as many and as long as the recipe says.
+    Without it, safetensors are quantized layer by layer: the model may be larger than memory, torchrun
+    may start several processes, and a run that was killed goes on where it stopped.
 
     \b
     Example: qgraft quantize ./model -r w4a4_svd --calibration t.txt --out ./out
@@ -131,7 +137,7 @@ def quantize(
     where = _device(device)
     from . import cli_quantize
 
-    cli_quantize.quantize(model_dir, recipe, out, calibration, dry_run, _torch_dtype(dtype), where)
+    cli_quantize.quantize(model_dir, recipe, out, calibration, dry_run, _torch_dtype(dtype), where, stream)
 
 
 @app.command()

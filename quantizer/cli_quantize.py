@@ -5,21 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..recipes import CalibrationSpec, Recipe, load_recipe
-from . import cli_text
+from . import cli_report, cli_text
 from .checkpoint import check_target, save
 from .cli_output import say, show, show_json
+from .distributed import Ranks, peak_memory
 from .errors import CalibrationError, PlanError
+from .float_files import CannotStream, float_dtype
+from .html.drawing import converter
 from .interop.huggingface import ModelFolder, quiet
+from .interop.huggingface_names import names_of_files
 from .plan import Plan
 from .quantizer import Quantizer
+from .streaming import quantize_files
+from .tables import size
 
 
 def plan(model_dir: Path, recipe: str, every: bool, as_json: bool) -> None:
     spec = load_recipe(recipe)
-    planned = _plan(ModelFolder(model_dir), spec, None)
+    planned = Quantizer(_skeleton(ModelFolder(model_dir), None)).plan(spec)
     if as_json:
         show_json(planned.to_dict())
     else:
@@ -33,19 +39,45 @@ def quantize(
     calibration: str | None,
     dry_run: bool,
     dtype: torch.dtype | None,
-    device: str | None,
+    device: torch.device | None,
+    stream: bool | None,
+    report: Path | None = None,
 ) -> None:
-    """Whatever can be refused is refused before the weights are read, which may take long."""
+    """Whatever can be refused is refused before the weights are read, which may take long.
+
+    stream: whether to go from file to file without building the model; None: if that is possible.
+    report: the HTML page to write; what it needs is asked for first, too.
+    """
+    if report is not None:
+        converter()
     spec = load_recipe(recipe)
     if out is not None:
         check_target(out)
     text = None if calibration is None else cli_text.read_text(calibration)
     source = ModelFolder(model_dir)
-    planned = _plan(source, spec, dtype)
-    show(planned.table())
+    skeleton = _skeleton(source, dtype)
+    planned = Quantizer(skeleton).plan(spec)
+    ranks = Ranks()
+    if ranks.is_first:
+        show(planned.table())
     _check(planned, calibrated=text is not None)
     if dry_run or out is None:
         return
+    try:
+        why_not = "" if stream is not False else "--no-stream"
+        if not why_not and text is None:
+            _stream(source, skeleton, spec, out, device, ranks)
+            if report is not None and ranks.is_first:
+                say("streaming records no histograms; `qgraft report --against` finds those of the weights")
+                cli_report.report([out], report)
+            return
+        why_not = why_not or "calibration runs the whole model"
+    except CannotStream as error:
+        why_not = str(error)
+    if stream or ranks.world > 1:
+        raise CannotStream(f"the layers cannot be streamed from file to file: {why_not}")
+    if text is None:
+        say(f"loading the model as a whole: {why_not}")
     with quiet(bars=sys.stderr.isatty()):
         tokenizer = source.tokenizer()
         data = None if text is None else calibration_batches(source, tokenizer, text, spec.calibration)
@@ -55,17 +87,39 @@ def quantize(
         model = model.to(device)
     quantizer = Quantizer(model)
     say(f"quantizing {len(planned.todo)} layers" + (f" with {len(data)} sequences of text" if data else ""))
-    model = quantizer.quantize(spec, calibration=data)
+    model = quantizer.quantize(spec, calibration=data, details=report is not None)
     show(quantizer.report.table())
     with source.files_to_carry(model, tokenizer) as files:
         save(model, out, extra_files=files)
     say(f"saved {out}")
+    if report is not None:
+        cli_report.report([out], report)
 
 
-def _plan(source: ModelFolder, recipe: Recipe, dtype: torch.dtype | None) -> Plan:
+def _stream(
+    source: ModelFolder, skeleton: nn.Module, recipe: Recipe, out: Path, device: torch.device | None, ranks: Ranks
+) -> None:
+    if source.gguf:
+        raise CannotStream(f"{source} is no folder of safetensors")
+    tell = say if ranks.is_first else lambda message: None
+    tell(f"streaming {source}: layer by layer, the model is never built")
+    with quiet(bars=False), source.files_to_carry(skeleton) as files:
+        report = quantize_files(
+            source.path, recipe, out, model=skeleton, naming=names_of_files, device=device, extra_files=files, say=tell
+        )
+    if ranks.is_first:
+        show(report.table())
+        if peak := peak_memory():
+            say(f"peak memory {size(peak)}")
+        say(f"saved {out}")
+
+
+def _skeleton(source: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
     with quiet(bars=False):
         source.check_float()
-        return Quantizer(source.skeleton(dtype)).plan(recipe)
+        if dtype is None and not source.gguf and getattr(source.config, "dtype", None) is None:
+            dtype = float_dtype(source.path)  # as loading the weights would find out
+        return source.skeleton(dtype)
 
 
 def _check(planned: Plan, calibrated: bool) -> None:

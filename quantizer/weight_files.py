@@ -1,7 +1,8 @@
 """The weight files of a checkpoint: which they are, what they hold, and their tensors."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,18 @@ def read_tensors(files: list[Path], device: torch.device) -> dict[str, Tensor]:
     for file in files:
         with _open(file, str(device)) as stream:
             tensors.update({name: aligned(stream.get_tensor(name)) for name in stream.keys()})  # noqa: SIM118
+    return tensors
+
+
+def read_named(names: Iterable[str], file_of: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Some tensors, by name; each file is mapped once, and stays so as long as one of its tensors is held."""
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name in names:
+        by_file[file_of[name]].append(name)
+    tensors = {}
+    for file, group in by_file.items():
+        with _open(file, "cpu") as stream:
+            tensors.update({name: aligned(stream.get_tensor(name)) for name in group})
     return tensors
 
 

@@ -1,0 +1,7 @@
+"""`python -m qgraft`, and `torchrun -m qgraft`: the command line."""
+
+import sys
+
+from .quantizer.cli import main
+
+sys.exit(main())

@@ -1,0 +1,170 @@
+"""A model on meta, a few layers at a time: which belong together, and how they are quantized and described.
+
+A unit is what has to be read at once: a layer; an embedding with the heads that share its codes; all experts that lie
+in one fused module.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from dataclasses import replace as but
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Experts, QuantEmbedding, QuantLayer, Unsuitable, tie
+from .checkpoint import join
+from .errors import QuantizeError
+from .float_files import FloatFiles
+from .kinds import as_linear, empty, quantized, shape_of
+from .partial import Row
+from .plan import Plan, PlannedLayer
+from .report import LayerReport, measure
+from .rules import ALL
+from .surgery import find_sites, replace, split_experts
+
+# What a rank costs beside the passes over the weight that every scheme makes: measured, in passes for each 32.
+RANK_COST = 1 / 32
+
+
+@dataclass
+class Unit:
+    """home: the module that holds the weights, as the float model has it, and `leaves` its parameters.
+
+    layers: those to quantize, by name, without heads; of a fused module, some or all of its experts' projections.
+    """
+
+    home: str
+    leaves: tuple[str, ...]
+    fused: bool
+    layers: dict[str, PlannedLayer] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> float:
+        """Of quantizing it, up to a factor."""
+        return sum(x.weights * (1 + RANK_COST * (getattr(x.scheme, "rank", 0) or 0)) for x in self.layers.values())
+
+
+def make_units(model: nn.Module, plan: Plan) -> list[Unit]:
+    """All that a plan will quantize, in the model's order."""
+    sites = {site.name: site for site in find_sites(model)}
+    units: dict[str, Unit] = {}
+    for planned in plan.todo:
+        if planned.codes_of:
+            continue
+        site = sites[planned.name]
+        fused = site.fused is not None
+        holder = site.fused if fused else site.module
+        home = planned.name.rpartition(".")[0].rpartition(".")[0] if fused else planned.name
+        leaves = tuple(name for name, p in holder._parameters.items() if p is not None)
+        units.setdefault(home, Unit(home, leaves, fused)).layers[planned.name] = planned
+    return list(units.values())
+
+
+@torch.no_grad()
+def quantize_unit(
+    model: nn.Module, files: FloatFiles, unit: Unit, device: torch.device | None
+) -> tuple[dict[str, Tensor], list[Row]]:
+    """The tensors of the quantized unit, by their names in the quantized model, and what became of each layer.
+
+    Where a fused module is split, all its experts are in it, those that stay in float too.
+    Raises QuantizeError, with the name of the layer.
+    """
+    tensors = files.read(join(unit.home, leaf) for leaf in unit.leaves)
+    result: dict[str, Tensor] = {}
+    rows = []
+    for name, module in _modules(model, unit, tensors):
+        planned = unit.layers.get(name)
+        row, made = Row(name), module
+        if planned is not None:
+            try:
+                row, made = _quantize(planned, module.to(device) if device is not None else module)
+            except Unsuitable as reason:
+                row = Row(name, left=str(reason))
+            except Exception as error:
+                shape = f"{planned.out_features} x {planned.in_features}"
+                raise QuantizeError(
+                    f"layer '{planned.label}' ({planned.scheme_name}, {shape}): {type(error).__name__}: {error}. "
+                    "What was done before is kept: the same command goes on from there."
+                ) from error
+            rows.append(row)
+        if unit.fused or (planned is not None and not row.left):
+            result.update({join(name, key): t.cpu().contiguous() for key, t in made.state_dict().items()})
+    return result, rows
+
+
+def _modules(model: nn.Module, unit: Unit, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module]]:
+    """The float layers of the unit with their weights, one after another."""
+    module = _filled(model.get_submodule(unit.home), {leaf: tensors[join(unit.home, leaf)] for leaf in unit.leaves})
+    if not unit.fused:
+        yield unit.home, module
+        return
+    for leaf, linear in Experts(module, copy=False).projections():
+        # A copy each, in one order of memory, as if the module had been split before: sums round the same.
+        for name, p in linear.named_parameters():
+            linear._parameters[name] = nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format), False)
+        yield join(unit.home, leaf), linear
+        linear._parameters.clear()
+
+
+def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """The same module with other parameters; the one given is not changed."""
+    new = copy.copy(module)
+    new.__dict__["_parameters"] = dict(module._parameters)
+    for leaf, tensor in tensors.items():
+        new._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return new
+
+
+def _quantize(planned: PlannedLayer, module: nn.Module) -> tuple[Row, QuantLayer]:
+    start = time.perf_counter()
+    layer = quantized(module, ALL[planned.scheme_name], planned.scheme)
+    seconds = time.perf_counter() - start
+    report = measure(planned.name, as_linear(module), layer, None, planned.bytes_before, seconds)
+    if not math.isfinite(report.weight_error):
+        raise ArithmeticError("the quantized weight is not finite")
+    return Row(planned.name, planned.scheme_name, layer.scheme.model_dump(), asdict(report)), layer
+
+
+def graft_empty(model: nn.Module, plan: Plan, rows: dict[str, Row]) -> nn.Module:
+    """The quantized model on meta, from the float one: its layers have their schemes and reports, and no values."""
+    model = split_experts(model, (planned.name for planned in plan.todo))
+    heads: dict[str, list[PlannedLayer]] = {}
+    for planned in plan.todo:
+        heads.setdefault(planned.codes_of, []).append(planned)
+    for planned in heads.pop("", []):
+        row = rows[planned.name]
+        if row.left:
+            continue
+        layer = _empty(model, planned, row.options)
+        layer.report = LayerReport(**row.report)
+        swaps = [(planned.names, layer), *((h.names, _head(model, h, layer)) for h in heads.get(planned.name, []))]
+        model = replace(model, *swaps)
+    return model
+
+
+def _empty(model: nn.Module, planned: PlannedLayer, options: dict) -> QuantLayer:
+    module, cls = model.get_submodule(planned.name), ALL[planned.scheme_name]
+    layer = empty(cls, shape_of(module), cls.Scheme(**options), planned.dtype)
+    if isinstance(layer, QuantEmbedding):
+        layer.padding_idx = module.padding_idx
+    else:
+        layer.bias = module.bias
+    return layer
+
+
+def _head(model: nn.Module, planned: PlannedLayer, embedding: QuantLayer) -> QuantLayer:
+    head = _empty(model, planned, planned.scheme.model_dump())
+    head._buffers.update({name: embedding._buffers[name] for name, b in head._buffers.items() if b is not None})
+    tie(embedding, head)
+    head.report = but(
+        embedding.report,
+        name=planned.name,
+        scheme=planned.scheme_name,
+        seconds=0.0,
+        bytes_before=planned.bytes_before,
+        bytes_after=planned.bytes_after,
+    )
+    return head
