@@ -120,6 +120,9 @@ def quantize(
         bool | None,
         typer.Option("--stream/--no-stream", help="Layer by layer, from file to file; by default where possible."),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page of what became of each layer, too.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize a model and save it, with its tokenizer.
@@ -134,10 +137,12 @@ def quantize(
     """
     if out is None and not dry_run:
         raise typer.BadParameter("say where to save the model, or give --dry-run", param_hint="'--out'")
+    if report is not None and dry_run:
+        raise typer.BadParameter("a dry run quantizes nothing that could be reported", param_hint="'--report'")
     where = _device(device)
     from . import cli_quantize
 
-    cli_quantize.quantize(model_dir, recipe, out, calibration, dry_run, _torch_dtype(dtype), where, stream)
+    cli_quantize.quantize(model_dir, recipe, out, calibration, dry_run, _torch_dtype(dtype), where, stream, report)
 
 
 @app.command()
