@@ -20,6 +20,7 @@ import qgraft.functional as QF
 from qgraft import SVDQW4A4Linear, W8A16Linear
 from qgraft.benchmarks import timing
 from qgraft.kernels.reference import rotate_groups
+from qgraft.layers import SCHEMES
 from qgraft.layers.algorithms import smoothing
 from qgraft.layers.algorithms.rounding import CLIP_GRID, round_int4, search_group_steps, two_level_scales
 
@@ -249,6 +250,44 @@ def tiles() -> Figure:
     ax.annotate("k = 0, 1, 2, 3: the loop", (0.1, 1.5), va="center", fontsize=9)
     ax.set(xlim=(-0.2, 11.2), ylim=(-0.2, 9.6), aspect="equal")
     ax.axis("off")
+    return drawn
+
+
+@figure
+def regimes() -> Figure:
+    """The least time of a 4096 x 4096 layer on an H200: that of reading the weights, or that of multiplying."""
+    bandwidth, float_rate, int8_rate = 4.8e12, 989e12, 1979e12
+    n = k = 4096
+    tokens = torch.logspace(0, 12, 200, base=2)
+    drawn, ax = panels(1, 3.2)
+    lines = (("bfloat16", 16, float_rate, GRAY), ("W8A16", 8, float_rate, BLUE), ("W4A16", 4.25, float_rate, GREEN))
+    for name, bits, rate, color in (*lines, ("W4A8", 4.4, int8_rate, ORANGE)):
+        reading = torch.full_like(tokens, n * k * bits / 8 / bandwidth)
+        multiplying = 2 * tokens * n * k / rate
+        ax.loglog(tokens, 1e6 * torch.maximum(reading, multiplying), color=color, label=name)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks := [1, 4, 16, 64, 256, 1024, 4096], [str(t) for t in ticks])
+    ax.set(xlabel="tokens", ylabel="microseconds, at least")
+    ax.legend(frameon=False)
+    return drawn
+
+
+@figure
+def family() -> Figure:
+    """Output error of each layer of the family on the layer with outliers of chapter "W4A4 with an SVD branch"."""
+    linear, x = outlier_layer()
+    train, test = x[:800], x[800:]
+    exact = linear(test)
+    errors = {}
+    with torch.no_grad():
+        for name in ("w8a16", "w8a8", "w8a8_static", "w4a16", "w4a8_svd", "w4a4_svd"):
+            layer = SCHEMES[name].from_linear(linear, calibration=train)
+            errors[name] = 100 * relative(layer(test), exact)
+    drawn, ax = panels(1, 2.8)
+    bars = ax.barh(list(errors), list(errors.values()), color=[BLUE if "svd" in name else GRAY for name in errors])
+    ax.bar_label(bars, fmt="%.1f %%", padding=4)
+    ax.invert_yaxis()
+    ax.set(xlabel="relative error of the output, %")
     return drawn
 
 
