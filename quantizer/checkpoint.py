@@ -23,17 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..layers import Experts, QuantLayer
-from .errors import CheckpointError
+from .errors import CheckpointError, some
 from .kinds import shape_of
 from .report import Report
 
 VERSION = 1
 CONFIG, WEIGHTS, REPORT = "config.json", "model.safetensors", "report.json"
+GENERATION = "generation_config.json"
 INDEX = WEIGHTS + ".index.json"
 SHARD_BYTES = 5_000_000_000
 GUARD = "weight"
@@ -72,6 +74,8 @@ def save(
     path = Path(path).resolve()
     if not quantized_layers(model):
         raise CheckpointError("the model has no quantized layer: call Quantizer(model).quantize(...) first")
+    if spread := [name for name, layer in quantized_layers(model).items() if hasattr(layer, "spread_over")]:
+        raise CheckpointError(f"{some(spread)}: only a part of each is here; save before parallelize()")
     check_target(path)
     tensors, tied = contents(model)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +106,7 @@ def finish(work: Path, path: Path, model: nn.Module, tied: dict[str, str], extra
     for file in map(Path, extra_files):
         if not (work / file.name).exists():
             shutil.copy2(file, work / file.name)
+    _write_generation_config(model, work)
     old = work.with_name(work.name + ".old")
     try:
         if path.exists():
@@ -262,6 +267,8 @@ def model_config(model: nn.Module) -> dict[str, Any]:
         config["tie_word_embeddings"] = False  # no float weight is; "tied" says which codes are shared
     if config and not config.get("architectures"):
         config["architectures"] = [type(model).__name__]
+    if config and isinstance(getattr(model, "dtype", None), torch.dtype):
+        config["dtype"] = str(model.dtype).removeprefix("torch.")  # it may have been cast since it was loaded
     return config
 
 
@@ -285,7 +292,17 @@ def plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[st
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, most of all
+        raise CheckpointError(f"{file}: cannot be written: {error}") from None
+
+
+def _write_generation_config(model: nn.Module, folder: Path) -> None:
+    """How a Hugging Face model generates, unless the file came along, or was there before."""
+    to_dict = getattr(getattr(model, "generation_config", None), "to_diff_dict", None)
+    if callable(to_dict) and not (folder / GENERATION).exists():
+        write_json(folder / GENERATION, to_dict())
 
 
 def write_index(folder: Path, shards: dict[str, list[str]], total_bytes: int) -> None:

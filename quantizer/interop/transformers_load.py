@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ..checkpoint import CONFIG, GUARD, read_json
+from ..checkpoint import CONFIG, GUARD, INDEX, read_json
 from ..errors import CheckpointError, some
 from ..loading import NAMED_FLOATS, fit, put, read_reports, tie_codes
 from ..weight_files import aligned, weight_files
@@ -23,7 +23,7 @@ class Loading:
     """
 
     def __init__(self, model: nn.Module, recorded: dict[str, Any], files: list[Path] | None, dtype: torch.dtype):
-        folder = files[0].parent if files else _folder(model)
+        folder = _parent(files) if files else _folder(model)
         self.folder, self.files, self.tied = folder, weight_files(folder, recorded["files"]), recorded["tied"]
         if files is not None and set(files) != set(self.files):
             names = some([str(file) for file in files])
@@ -111,6 +111,13 @@ class Loading:
 def _home(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
+
+
+def _parent(files: list[Path]) -> Path:
+    parents = {file.parent for file in files}
+    if len(parents) > 1 or any(".." in file.name for file in files):
+        raise CheckpointError(f"{INDEX} names files outside of the folder, refused: {some([str(f) for f in files])}")
+    return parents.pop()
 
 
 def _folder(model: nn.Module) -> Path:

@@ -54,14 +54,15 @@ class QuantizingWhileLoading:
         for planned in self.plan.todo:
             if planned.codes_of:
                 heads.setdefault(planned.codes_of, []).append(planned)
-        untied = {s.name for s in find_sites(model) if s.tied} - heads.keys()
         for planned in self.plan.todo:
+            if planned.codes_of:
+                continue  # comes with its embedding
             if planned.name in fused:
                 module = fused[planned.name]
                 self.fused.update({f"{homes[id(module)]}.{leaf}": homes[id(module)] for leaf in module._parameters})
-            elif planned.reason in (UNTIED, FREED) or planned.name in untied:
+            elif planned.reason in (UNTIED, FREED):
                 self.late.append(planned)
-            elif not planned.codes_of:
+            else:
                 group = [planned, *heads.get(planned.name, ())]
                 self.waiting.update({f"{name}.weight": group for layer in group for name in layer.names})
 
