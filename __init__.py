@@ -28,6 +28,7 @@ from .quantizer.allocate import Allocation, allocate
 from .quantizer.checkpoint import save
 from .quantizer.interop.clients import register as _register
 from .quantizer.loading import load
+from .quantizer.parallel import parallelize
 from .quantizer.streaming import quantize_files
 from .recipes import Recipe, RecipeError, load_recipe, shipped_recipes
 
@@ -59,6 +60,7 @@ __all__ = [
     "functional",
     "load",
     "load_recipe",
+    "parallelize",
     "quantize_files",
     "save",
     "shipped_recipes",

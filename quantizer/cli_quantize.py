@@ -66,9 +66,8 @@ def quantize(
     try:
         why_not = "" if stream is not False else "--no-stream"
         if not why_not and text is None:
-            _stream(source, skeleton, spec, out, device, ranks)
+            _stream(source, skeleton, spec, out, device, ranks, details=report is not None)
             if report is not None and ranks.is_first:
-                say("streaming records no histograms; `qgraft report --against` finds those of the weights")
                 cli_report.report([out], report)
             return
         why_not = why_not or "calibration runs the whole model"
@@ -97,7 +96,13 @@ def quantize(
 
 
 def _stream(
-    source: ModelFolder, skeleton: nn.Module, recipe: Recipe, out: Path, device: torch.device | None, ranks: Ranks
+    source: ModelFolder,
+    skeleton: nn.Module,
+    recipe: Recipe,
+    out: Path,
+    device: torch.device | None,
+    ranks: Ranks,
+    details: bool,
 ) -> None:
     if source.gguf:
         raise CannotStream(f"{source} is no folder of safetensors")
@@ -105,7 +110,15 @@ def _stream(
     tell(f"streaming {source}: layer by layer, the model is never built")
     with quiet(bars=False), source.files_to_carry(skeleton) as files:
         report = quantize_files(
-            source.path, recipe, out, model=skeleton, naming=names_of_files, device=device, extra_files=files, say=tell
+            source.path,
+            recipe,
+            out,
+            model=skeleton,
+            naming=names_of_files,
+            device=device,
+            extra_files=files,
+            details=details,
+            say=tell,
         )
     if ranks.is_first:
         show(report.table())

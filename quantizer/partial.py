@@ -110,6 +110,8 @@ class Partial:
         try:
             write(new)
             os.replace(new, file)
+        except SafetensorError as error:  # a full disk, most of all
+            raise CheckpointError(f"{file}: cannot be written: {error}") from None
         finally:
             new.unlink(missing_ok=True)
 

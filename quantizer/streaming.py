@@ -51,6 +51,7 @@ def quantize_files(
     device: torch.device | str | None = None,
     shard_bytes: int = SHARD_BYTES,
     extra_files: Iterable[str | Path] = (),
+    details: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = lambda message: None,
 ) -> Report:
@@ -61,7 +62,7 @@ def quantize_files(
     out: the folder to write, as for `save`; shard_bytes, extra_files: likewise.
     model: the float model on the meta device; its dtypes are what the weights are read as. It is not changed.
     naming: how tensors are called in the files, if not as in the model.
-    device: where to quantize; the CPU if none is given.
+    device: where to quantize; the CPU if none is given. details: as for `Quantizer.quantize`.
     say: is told in a sentence what goes on.
 
     Killed, it leaves `.<name>.partial` beside `out`, and the same call goes on from there to the same bytes.
@@ -76,7 +77,7 @@ def quantize_files(
         check_target(path)
         files, partial = FloatFiles(Path(folder), model, naming), Partial(path)
         device = ranks.device(device)
-        job = _job(plan, files, device, shard_bytes)
+        job = {**_job(plan, files, device, shard_bytes), "details": details}
         with partial.alone() if ranks.is_first else nullcontext():
             _quantize(model, plan, files, partial, ranks, device, job, progress, say)
             rows = partial.rows()
@@ -138,7 +139,7 @@ def _quantize(
     with tqdm(total=len(todo), desc="quantize", disable=None if progress and ranks.is_first else True) as bar:
         for index in ranks.share("next part", todo):
             bar.set_postfix_str(units[index].home, refresh=True)
-            partial.write_part(index, *quantize_unit(model, files, units[index], device))
+            partial.write_part(index, *quantize_unit(model, files, units[index], device, job["details"]))
             bar.update()
     ranks.meet("all parts are there")
 

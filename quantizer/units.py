@@ -65,7 +65,7 @@ def make_units(model: nn.Module, plan: Plan) -> list[Unit]:
 
 @torch.no_grad()
 def quantize_unit(
-    model: nn.Module, files: FloatFiles, unit: Unit, device: torch.device | None
+    model: nn.Module, files: FloatFiles, unit: Unit, device: torch.device | None, details: bool = False
 ) -> tuple[dict[str, Tensor], list[Row]]:
     """The tensors of the quantized unit, by their names in the quantized model, and what became of each layer.
 
@@ -80,7 +80,7 @@ def quantize_unit(
         row, made = Row(name), module
         if planned is not None:
             try:
-                row, made = _quantize(planned, module.to(device) if device is not None else module)
+                row, made = _quantize(planned, module if device is None else module.to(device), details)
             except Unsuitable as reason:
                 row = Row(name, left=str(reason))
             except Exception as error:
@@ -118,11 +118,11 @@ def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return new
 
 
-def _quantize(planned: PlannedLayer, module: nn.Module) -> tuple[Row, QuantLayer]:
+def _quantize(planned: PlannedLayer, module: nn.Module, details: bool) -> tuple[Row, QuantLayer]:
     start = time.perf_counter()
     layer = quantized(module, ALL[planned.scheme_name], planned.scheme)
     seconds = time.perf_counter() - start
-    report = measure(planned.name, as_linear(module), layer, None, planned.bytes_before, seconds)
+    report = measure(planned.name, as_linear(module), layer, None, planned.bytes_before, seconds, details)
     if not math.isfinite(report.weight_error):
         raise ArithmeticError("the quantized weight is not finite")
     return Row(planned.name, planned.scheme_name, layer.scheme.model_dump(), asdict(report)), layer
