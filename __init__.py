@@ -57,6 +57,7 @@ __all__ = [
     "W8A32Linear",
     "W8GroupLinear",
     "allocate",
+    "export",
     "functional",
     "load",
     "load_recipe",

@@ -29,7 +29,7 @@ CHANNEL_PADDING = 32
 class GroupScheme(Scheme):
     """Options that both have."""
 
-    group_size: Literal[16, 32, 64, 128, 256, "channel"] = Field(
+    group_size: Literal[32, 64, 128, 256, "channel"] = Field(
         32, description="input features that share a scale; channel: the whole row"
     )
     zero_point: bool = Field(False, description="a zero point for each group: a byte more, a closer fit")

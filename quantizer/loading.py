@@ -14,6 +14,7 @@ from ..layers import EMBEDDINGS, Experts, QuantEmbedding, QuantLayer, is_fused, 
 from ..recipes import suggest
 from .checkpoint import CONFIG, GUARD, REPORT, join, read_config, read_json
 from .errors import CheckpointError, some
+from .interop import foreign
 from .interop.clients import attach
 from .kinds import empty, shape_of
 from .report import Report
@@ -27,30 +28,51 @@ NAMED_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 def load(
     path: str | Path,
     *,
-    model: nn.Module | Callable[[], nn.Module],
+    model: nn.Module | Callable[[], nn.Module] | None = None,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Load what `save` wrote.
+    """Load what `save` wrote, or what others quantized: a folder in the format of compressed-tensors (llm-compressor),
+    GPTQ or AWQ, as its config.json says, or a .gguf file.
 
-    model: the original float model with any weights, also on the meta device, or a function that builds it.
-    Its layers are replaced in place and its tensors by those of the files (in their dtypes); it is
-    returned.
+    model: the original float model with any weights, also on the meta device, or a function that builds it; None
+    builds the transformers model that the folder or file describes (extra `hf`), in eval mode.
+    Its layers are replaced in place and its tensors by those of the files (in their dtypes; for formats of others in
+    the model's); it is returned.
     device: where to load the tensors, e.g. "cuda"; otherwise where the model is, CPU for a model on meta.
     Strict: a missing, unexpected, misshaped or damaged tensor, an unknown version or scheme raises
     CheckpointError, and the model is then as it was.
     """
     path = Path(path)
-    quantization = read_config(path)
-    files = weight_files(path, quantization["files"])
-    if not isinstance(model, nn.Module):
-        model = model()
-        if not isinstance(model, nn.Module):
-            kind = type(model).__name__
-            raise TypeError(f"the factory given as model= returned a {kind}, not an nn.Module")
+    if path.suffix == ".gguf" and path.is_file():
+        from .interop import gguf as others  # which need packages that others may not have
+    elif foreign.method_of(path):
+        others = foreign
+    else:
+        others = None
+        quantization = read_config(path)
+        files = weight_files(path, quantization["files"])
+    model = _built(path, model)
     with _all_or_nothing(model):
-        model = _fill(path, model, quantization, files, device)
+        if others is None:
+            model = _fill(path, model, quantization, files, device)
+        else:
+            model = others.load(path, model, device if device is not None else _device_of(model))
+            _check_meta(path, model)
     attach(model)
     return model if device is None else model.to(device)
+
+
+def _built(path: Path, model: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if model is None:
+        from .interop.huggingface import ModelFolder
+
+        return ModelFolder(path).skeleton()
+    model = model()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the factory given as model= returned a {type(model).__name__}, not an nn.Module")
+    return model
 
 
 def _fill(

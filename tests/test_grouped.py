@@ -20,7 +20,7 @@ VARIANTS = {"native": (), "no-bf16": ("-mno-avx512bf16",), "avx2": ("-mno-avx512
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 OPTIONS = [
     (W8GroupLinear, {}),
-    (W8GroupLinear, {"group_size": 16, "zero_point": True}),
+    (W8GroupLinear, {"group_size": 128, "zero_point": True}),
     (W8GroupLinear, {"group_size": "channel", "zero_point": True, "order": True}),
     (W4GroupLinear, {}),
     (W4GroupLinear, {"group_size": 64, "zero_point": True, "order": True, "scale_dtype": "float16"}),

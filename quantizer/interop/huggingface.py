@@ -26,6 +26,7 @@ from torch import nn
 from ..checkpoint import read_json
 from ..errors import CheckpointError
 from ..loading import load
+from . import foreign
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -199,8 +200,8 @@ class ModelFolder:
         return model
 
     def load_quantized(self, device: torch.device | str | None = None) -> "PreTrainedModel":
-        """What `qgraft.save` wrote, in eval mode."""
-        if self.quant_method != "qgraft":
+        """What `qgraft.save` wrote, or others in a format that qgraft reads, in eval mode."""
+        if self.quant_method not in ("qgraft", *foreign.METHODS):
             raise CheckpointError(f"{self}: is no qgraft checkpoint; load_float() reads float models")
         model = load(self.path, model=self.skeleton, device=device)
         if (self.path / GENERATION).is_file() and model.can_generate():
