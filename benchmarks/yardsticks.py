@@ -8,6 +8,7 @@
 Calibration and evaluation share no document (texts.py) and no seed.
 """
 
+import getpass
 import hashlib
 import importlib.metadata
 import math
@@ -119,7 +120,7 @@ class LanguageModel(Yardstick):
         key = hashlib.sha256(self._windows.numpy().tobytes())
         key.update(models.smollm2_file().read_bytes()[:1_000_000])
         key.update(f"{torch.__version__} {importlib.metadata.version('transformers')}".encode())
-        path = Path(tempfile.gettempdir(), f"qgraft-accuracy-{os.getuid()}", f"{key.hexdigest()[:16]}.safetensors")
+        path = Path(tempfile.gettempdir(), f"qgraft-accuracy-{getpass.getuser()}", f"{key.hexdigest()[:16]}.safetensors")
         if not path.exists():
             model, tensors, losses = self.load(), {}, []
             for i, ids in enumerate(self._windows):
