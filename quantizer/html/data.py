@@ -206,6 +206,8 @@ def tree(modules: Iterable[Row]) -> list[Row]:
     gets a leaf for its own.
     """
     modules = list(modules)
+    if not modules:
+        return []
     inner = {""}
     for module in modules:
         parts = module["name"].split(".")
