@@ -290,6 +290,27 @@ def plot(
     cli_report.plot(folders, kind.value, output, layer, against)
 
 
+@app.command()
+@exit_codes()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized model.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, a new one.", show_default=False)],
+    format: Annotated[str, typer.Option(metavar="F", help="Format of others.")] = "compressed-tensors",
+    debug: Debug = False,
+) -> None:
+    """Write a quantized model in a format that others load without qgraft.
+
+    compressed-tensors is what transformers and vLLM read. Recipe w4a16_ct makes 4-bit layers that it can
+    hold; so do w8a16 and w8a8.
+
+    \b
+    Example: qgraft export ./w4a16_ct --out ./for_vllm
+    """
+    from . import cli_export
+
+    cli_export.run(folder, out, format)
+
+
 @app.command("eval")
 @exit_codes()
 def evaluate(
