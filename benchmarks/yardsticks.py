@@ -120,14 +120,15 @@ class LanguageModel(Yardstick):
         key = hashlib.sha256(self._windows.numpy().tobytes())
         key.update(models.smollm2_file().read_bytes()[:1_000_000])
         key.update(f"{torch.__version__} {importlib.metadata.version('transformers')}".encode())
-        path = Path(tempfile.gettempdir(), f"qgraft-accuracy-{getpass.getuser()}", f"{key.hexdigest()[:16]}.safetensors")
+        folder = Path(tempfile.gettempdir(), f"qgraft-accuracy-{getpass.getuser()}")
+        path = folder / f"{key.hexdigest()[:16]}.safetensors"
         if not path.exists():
             model, tensors, losses = self.load(), {}, []
             for i, ids in enumerate(self._windows):
                 log_p = _log_probabilities(model, ids)
                 losses.append(F.nll_loss(log_p, ids[1:], reduction="none"))
                 tensors[str(i)] = log_p.half()
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
             save_file({**tensors, "losses": torch.stack(losses)}, part)
             part.replace(path)
