@@ -277,8 +277,13 @@ def test_a_damaged_folder_is_refused_before_anything_is_loaded(tmp_path, kind):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_an_index_that_points_outside_is_refused(tmp_path):
+def test_a_shard_that_is_missing_or_outside_of_the_folder_is_refused(tmp_path):
     quantized(llama(), "w8a16").save_pretrained(tmp_path / "out", max_shard_size="20KB")
+    second = next((tmp_path / "out").glob("model-00002-*"))
+    second.rename(tmp_path / second.name)
+    with pytest.raises((CheckpointError, OSError), match="model-00002-of-"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    (tmp_path / second.name).rename(second)
     file = tmp_path / "out" / "model.safetensors.index.json"
     index = json.loads(file.read_text())
     save_file({f"{UP}.scale": torch.ones(80)}, tmp_path / "outside.safetensors", metadata={"format": "pt"})
