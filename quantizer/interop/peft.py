@@ -7,15 +7,31 @@
 
 peft (0.17 or later) picks the class of an adapter by the class of the layer below it; `on_quantized` tells the config
 which class that is for ours. peft does not save that with the adapter, hence the `config=` when one is loaded.
+
+The other way round, what a quantized layer has beside its codes is a LoRA already: the low-rank branch of SVDQuant.
+
+    base = split_off_branches(model, "adapter")     the model without its branches, which peft reads from the folder
+    qgraft.export(base, "base")                     int4 codes that transformers and vLLM know; or base.save_pretrained
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base", ...), "adapter")    stock; no qgraft needed
 """
 
+import copy
+import re
 import warnings
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
+from safetensors.torch import save_file
+from torch import nn
 
-from ...layers import QuantLinear
+from ...layers import QuantLinear, SVDQW4A4Linear, W4A16Linear
+from ..errors import CheckpointError
+from ..surgery import find_sites, replace
+from .clients import detach
 
 # The ways to begin that leave the weight below as it is; the others take a part out of it.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -62,3 +78,71 @@ class LoraQuantLinear(Linear):
             "would lose most of what was trained. Keep the adapter beside the quantized model, or merge it into the "
             "float model and quantize that"
         )
+
+
+def split_off_branches(model: nn.Module, folder: str | Path, base: str = "") -> nn.Module:
+    """Write the low-rank branches as a LoRA adapter of peft, and return the model without them, a copy.
+
+    folder: gets adapter_config.json and adapter_model.safetensors, numbers and types as they are in the layers. Names
+    are those of the modules of `model`, under `base_model.model.` as peft has them.
+    base: for the config's `base_model_name_or_path`: where the returned model is going to be found.
+    In the copy a layer keeps its class and its codes, with rank 0, if it neither smooths nor rotates: what
+    `qgraft.export` writes packed. Else an `nn.Linear` with the residual, in the layer's type, takes its place, and its
+    activations are no longer rounded. The two together are the weight of the layer, in float32 to its last bits.
+    Raises CheckpointError if no layer has a branch, or the folder holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is no empty folder; give a new one")
+    branches = {name: m for name, m in model.named_modules() if getattr(m, "proj_up", None) is not None}
+    branches = {name: m for name, m in branches.items() if isinstance(m, (SVDQW4A4Linear, W4A16Linear))}
+    if not branches:
+        raise CheckpointError("no layer of the model has a low-rank branch: quantize with a rank, such as by w4a8_svd")
+    if "" in branches:
+        raise CheckpointError("the model is a single layer: peft puts adapters into the layers of a model")
+    ranks = {name: layer.scheme.rank for name, layer in branches.items()}
+    tensors = {}
+    for name, layer in branches.items():
+        home = f"base_model.model.{name}"
+        tensors[f"{home}.lora_A.weight"] = layer.proj_down.t().contiguous()  # (R, K)
+        tensors[f"{home}.lora_B.weight"] = layer.proj_up.contiguous()  # (N, R)
+    most = max(ranks.values())
+    patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(
+        r=most,
+        lora_alpha=most,  # y = base(x) + alpha / r * x A^T B^T
+        target_modules=_targets(list(branches), [site.name for site in find_sites(model)]),
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    config.save_pretrained(folder)
+    save_file({name: t.cpu() for name, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    rest = copy.deepcopy(model)
+    swaps = [(site.names, _without_branch(site.module)) for site in find_sites(rest) if site.name in branches]
+    rest = replace(rest, *swaps)
+    detach(rest)
+    return rest
+
+
+def _targets(names: list[str], linears: Iterable[str]) -> list[str] | str:
+    """Full names, or, where peft would find one of them at the end of another layer's, a regular expression."""
+    known = set(names)
+    if any(other.endswith(f".{name}") for other in linears if other not in known for name in names):
+        return "|".join(map(re.escape, names))
+    return names
+
+
+@torch.no_grad()
+def _without_branch(layer: SVDQW4A4Linear | W4A16Linear) -> nn.Module:
+    n, k, device = layer.out_features, layer.in_features, layer.qweight.device
+    scheme = layer.scheme.model_copy(update={"rank": 0})
+    rest = type(layer)(k, n, bias=False, scheme=scheme, device=device, dtype=layer.dtype)
+    rest._buffers.update({name: b for name, b in layer._buffers.items() if not name.startswith("proj_")})
+    if scheme.rotate or layer.smooth_factor is not None:
+        weight = rest.dequantize().to(layer.dtype)
+        rest = nn.Linear(k, n, bias=False, device="meta")
+        rest.weight = nn.Parameter(weight, requires_grad=False)
+    rest.bias = layer.bias
+    return rest.train(layer.training)
