@@ -57,6 +57,7 @@ class QGraftQuantizer(DiffusersQuantizer):
                 "diffusers cannot quantize by a qgraft config while it loads: load the float model, and call "
                 "qgraft.Quantizer(model).quantize(recipe)"
             )
+        self.dtype: torch.dtype | None = None  # of the floats; None: of each as it was
         self.files: list[Path] = []
         self.own: dict[str, Tensor] = {}  # our buffers by name, while a model is loaded
 
@@ -67,7 +68,8 @@ class QGraftQuantizer(DiffusersQuantizer):
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """diffusers would make all of it float32 by default; ours come as they were, if they were of one type."""
         names = {entry.get("dtype") for entry in self.quantization_config.layers.values()}
-        return NAMED_FLOATS.get(names.pop()) if torch_dtype is None and len(names) == 1 else torch_dtype
+        self.dtype = NAMED_FLOATS.get(names.pop()) if torch_dtype is None and len(names) == 1 else torch_dtype
+        return self.dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The names in the files, without the guards; called before the model is looked at."""
@@ -84,6 +86,8 @@ class QGraftQuantizer(DiffusersQuantizer):
         Raises CheckpointError, before any weight is read, where files, config and model do not fit to the last tensor.
         """
         _, sites, layers = fit(self.files[0].parent, model, self.quantization_config.to_dict(), self.files)
+        if self.dtype is not None:
+            layers = {name: layer.to(self.dtype) for name, layer in layers.items()}
         put(model, sites, layers, {})
         self.own = {
             join(name, leaf): buffer

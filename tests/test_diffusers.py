@@ -1,0 +1,220 @@
+"""Diffusion models of diffusers: quantized in place, saved and loaded by qgraft and by diffusers itself."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qgraft import Quantizer, QuantLinear, load, save
+from qgraft.quantizer import CheckpointError
+
+diffusers = pytest.importorskip("diffusers")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def flux():
+    return diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=3,
+        joint_attention_dim=48, pooled_projection_dim=40, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+
+
+def flux_batch(dtype):
+    return {
+        "hidden_states": torch.randn(2, 21, 16, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 7, 48, dtype=dtype),
+        "pooled_projections": torch.randn(2, 40, dtype=dtype),
+        "timestep": torch.rand(2, dtype=dtype),
+        "img_ids": torch.randn(21, 3),
+        "txt_ids": torch.zeros(7, 3),
+    }
+
+
+def pixart():
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=2,
+        cross_attention_dim=96, sample_size=8, caption_channels=40, norm_num_groups=1, use_additional_conditions=False,
+    )  # fmt: skip
+
+
+def sana():
+    return diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=32, num_layers=2,
+        num_cross_attention_heads=3, cross_attention_head_dim=32, cross_attention_dim=96, caption_channels=40,
+        sample_size=8,
+    )  # fmt: skip
+
+
+def image_batch(dtype):
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 8, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 5, 40, dtype=dtype),
+        "timestep": torch.randint(0, 1000, (2,)),
+    }
+
+
+def pixart_batch(dtype):
+    return {**image_batch(dtype), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+
+
+MODELS = {"flux": (flux, flux_batch), "pixart": (pixart, pixart_batch), "sana": (sana, image_batch)}
+BOUNDS = {"w8a16": 0.02, "w4a8_svd": 0.05, "w4a4_svd": 0.15}
+
+
+def relative(got, wanted):
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@torch.no_grad()
+def run(model, batch):
+    return model.eval()(**batch, return_dict=False)[0]
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    model, data = flux(), [flux_batch(torch.float32) for _ in range(2)]
+    return Quantizer(model).quantize("w4a8_svd", calibration=data, progress=False)
+
+
+@pytest.mark.parametrize("recipe", BOUNDS)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transformer_is_quantized_and_comes_back_from_disk_to_the_last_bit(name, recipe, dtype, tmp_path):
+    build, batch_of = MODELS[name]
+    model, batch = build(), batch_of(dtype)
+    for parameter in model.parameters():  # as from_pretrained casts: what is computed when it is built stays float32
+        parameter.data = parameter.data.to(dtype)
+    wanted = run(model, batch)
+    Quantizer(model).quantize(recipe, calibration=[batch_of(dtype) for _ in range(3)], progress=False)
+    got = run(model, batch)
+    assert got.dtype == dtype and 0 < relative(got, wanted) < BOUNDS[recipe]
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB" if recipe == "w4a4_svd" else "10GB")
+    theirs, info = type(model).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(info.values()) and torch.equal(run(theirs, batch), got)
+    assert {n: t.dtype for n, t in theirs.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    save(model, tmp_path / "ours")
+    assert torch.equal(run(load(tmp_path / "ours", model=build()), batch), got)
+
+
+def test_eight_bit_activations_are_more_accurate_than_four():
+    model, data = flux(), [flux_batch(torch.float32) for _ in range(3)]
+    wanted, errors = run(model, data[0]), {}
+    for recipe in ("w4a4_svd", "w4a8_svd"):
+        copy = Quantizer(model).quantize(recipe, calibration=data[1:], inplace=False, progress=False)
+        errors[recipe] = relative(run(copy, data[0]), wanted)
+    assert errors["w4a8_svd"] < 0.8 * errors["w4a4_svd"]
+
+
+def test_the_recipes_leave_what_is_small_and_what_everything_passes_through():
+    """On meta, in full size: outside the blocks nothing is quantized, and no norm, modulation or embedder inside."""
+    for name in ("Flux", "Flux2", "PixArt", "Sana", "SD3", "QwenImage", "DiT", "Chroma", "CogView4"):
+        with torch.device("meta"):
+            model = getattr(diffusers, f"{name}Transformer2DModel")(**({} if name == "DiT" else {"num_layers": 1}))
+        names = [layer.name for layer in Quantizer(model).plan("w4a4_svd").todo]
+        assert len(names) >= 5, name
+        for layer in names:
+            assert re.search(r"blocks\.\d", layer), (name, layer)
+            assert not re.search(r"norm|modulation|mod\.|embed|adaln", layer), (name, layer)
+
+
+def test_a_component_of_a_pipeline_is_quantized_in_place_and_saved_with_it(tmp_path):
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=1000, norm_num_groups=1,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    pipe = diffusers.DiTPipeline(transformer.eval(), vae.eval(), diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return torch.from_numpy(pipe([3, 7], num_inference_steps=2, generator=generator, output_type="np").images)
+
+    before = images(pipe)
+    model = Quantizer(pipe.transformer).quantize("w4a8_svd", calibration=lambda _: images(pipe), progress=False)
+    assert model is pipe.transformer
+    kinds = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, (nn.Linear, QuantLinear))}
+    assert {kinds[f"transformer_blocks.1.{n}"] for n in ("attn1.to_q", "ff.net.0.proj", "ff.net.2")} == {
+        "SVDQW4A8Linear"
+    }
+    assert {kinds[n] for n in ("transformer_blocks.1.norm1.linear", "proj_out_1", "proj_out_2")} == {"Linear"}
+    after = images(pipe)
+    assert 0 < (after - before).abs().max() < 0.05
+    pipe.save_pretrained(tmp_path)
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(images(again), after)
+
+
+def test_another_type_is_that_of_the_floats_and_not_of_scales(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path)
+    model = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    layer, was = model.transformer_blocks[0].attn.to_q, quantized.transformer_blocks[0].attn.to_q
+    assert layer.dtype == layer.bias.dtype == model.proj_out.weight.dtype == torch.bfloat16
+    assert layer.scale.dtype == torch.float32 and torch.equal(layer.dequantize(), was.dequantize())
+    assert torch.equal(model.to(torch.float32).transformer_blocks[0].attn.to_q.dequantize(), was.dequantize())
+    model.save_pretrained(tmp_path / "again")
+    again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "again", torch_dtype=torch.float32)
+    assert torch.equal(again.transformer_blocks[0].attn.to_q.dequantize(), was.dequantize())
+
+
+def test_a_folder_that_does_not_fit_is_refused_before_anything_is_loaded(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path)
+    tensors, config = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / "config.json").read_text())
+    name = "transformer_blocks.0.attn.to_q"
+    for change, words in (
+        ({f"{name}.scale": None}, "1 tensors are missing: .*to_q.scale"),
+        ({f"{name}.qweight": torch.zeros(96, 8, dtype=torch.uint8)}, r"to_q.qweight' has shape \(96, 8\) in the file"),
+        ({"proj_out.weight": None}, "missing: proj_out.weight"),
+        ({"strange": torch.zeros(2)}, "1 tensors are not the model's: strange"),
+    ):
+        save_file({n: t for n, t in (tensors | change).items() if t is not None}, tmp_path / WEIGHTS)
+        with pytest.raises(CheckpointError, match=words):
+            diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+    save_file(tensors, tmp_path / WEIGHTS)
+    for change, words in (
+        ({"version": 99}, "version 99"),
+        ({"layers": {"x": {}}}, "no layer 'x' in the model"),
+        ({"layers": 3}, "layers is missing or no mapping"),
+    ):
+        changed = {**config, "quantization_config": {**config["quantization_config"], **change}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=words):
+            diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_what_diffusers_would_do_with_pickle_or_a_disk_is_refused(quantized, tmp_path):
+    with pytest.raises(CheckpointError, match="safetensors only"):
+        quantized.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    quantized.save_pretrained(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="not offloaded to disk"):
+        diffusers.FluxTransformer2DModel.from_pretrained(
+            tmp_path / "out", device_map={"": "disk"}, offload_folder=tmp_path
+        )
+
+
+def test_a_config_of_ours_quantizes_nothing_while_diffusers_loads(quantized, tmp_path):
+    flux().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"load the float model, and call qgraft.Quantizer"):
+        diffusers.FluxTransformer2DModel.from_pretrained(
+            tmp_path, quantization_config=quantized.config.quantization_config
+        )
+
+
+def test_diffusers_without_qgraft_stops_and_loads_nothing_random(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path)
+    code = f"from diffusers import FluxTransformer2DModel; FluxTransformer2DModel.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "Unknown quantization type, got qgraft" in done.stderr
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"weight expected shape torch.Size\(\[\d+, \d+\]\), but got torch.Size\(\[0\]\)"
+    ):
+        diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
