@@ -66,7 +66,7 @@ def quantize(
     try:
         why_not = "" if stream is not False else "--no-stream"
         if not why_not and text is None:
-            _stream(source, skeleton, spec, out, device, ranks, details=report is not None)
+            _stream(source, skeleton, spec, out, dtype, device, ranks, details=report is not None)
             if report is not None and ranks.is_first:
                 cli_report.report([out], report)
             return
@@ -100,12 +100,15 @@ def _stream(
     skeleton: nn.Module,
     recipe: Recipe,
     out: Path,
+    dtype: torch.dtype | None,
     device: torch.device | None,
     ranks: Ranks,
     details: bool,
 ) -> None:
     if source.gguf:
         raise CannotStream(f"{source} is no folder of safetensors")
+    if (dtype or getattr(source.config, "dtype", None) or float_dtype(source.path)) is None:
+        raise CannotStream(f"{source} has weights of several types, and its config names none: give --dtype")
     tell = say if ranks.is_first else lambda message: None
     tell(f"streaming {source}: layer by layer, the model is never built")
     with quiet(bars=False), source.files_to_carry(skeleton) as files:

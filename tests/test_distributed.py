@@ -1,0 +1,115 @@
+"""Several processes quantize one model: the same bytes for every number of them, and one that fails stops all."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+# One process that imports, and becomes several, as torchrun would start them.
+FORKED = """
+import os, sys, time
+from pathlib import Path
+import torch
+from torch import nn
+import qgraft
+from qgraft.quantizer import units
+
+folder, base, port, fails = sys.argv[1:]
+recipe = qgraft.Recipe.from_dict({"scheme": {"name": "w4a8_svd", "rank": 8}})
+
+def work(rank, out):
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(64 + 8 * i, 72 + 8 * i) for i in range(9)))
+    if fails and rank == 1:
+        def broken(planned, *args):
+            raise RuntimeError("no space left for " + planned.name)
+        units._quantize = broken
+    qgraft.quantize_files(folder, recipe, out, model=model, shard_bytes=9000, progress=False, say=print)
+
+def start(world, port, out):
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            try:
+                work(rank, out)
+                code = 0
+            except BaseException as error:
+                print(f"{type(error).__name__} of rank {rank}: {error}")
+            sys.stdout.flush()
+            os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+for world in (3,) if fails else (1, 2, 4):
+    print(world, start(world, int(port) + world, f"{base}/of{world}"), flush=True)
+"""
+
+
+def forked(folder, base, fails="") -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1] % 60000 + 2000
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(folder), str(base), str(port), fails]
+    environment = {n: v for n, v in os.environ.items() if n != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = nn.Sequential(*(nn.Linear(64 + 8 * i, 72 + 8 * i) for i in range(9)))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def weights(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "report.json"}
+
+
+def test_one_two_and_four_processes_write_the_same_bytes(folder, tmp_path):
+    told = forked(folder, tmp_path)
+    assert "2 processes share 9 parts" in told and "4 [0, 0, 0, 0]" in told, told
+    one = weights(tmp_path / "of1")
+    assert len(one) > 4 and weights(tmp_path / "of2") == one and weights(tmp_path / "of4") == one
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "of1", "of2", "of4"]
+
+
+def test_a_process_that_fails_stops_all_with_its_message(folder, tmp_path):
+    told = forked(folder, tmp_path, "fails")
+    assert "3 [1, 1, 1]" in told
+    for rank in (0, 2):
+        assert f"QuantizeError of rank {rank}: rank {rank} stops: rank 1 failed: layer '" in told
+    assert told.count("no space left for") == 3 and not (tmp_path / "of3").exists()
+
+
+def test_torchrun_starts_the_command_and_a_bad_weight_ends_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4, "vocab_size": 80}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "model")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "qgraft", "quantize", "model", "-r", "w4a16", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "2 processes share 7 parts" in done.stderr, done.stderr[-3000:]
+    assert done.stdout.count("Plan of recipe w4a16") == 1 and done.stderr.count("saved out") == 1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(config["quantization_config"]["layers"]) == 7
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    done = subprocess.run([*command[:-1], "bad"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "up_proj' (w4a16, 80 x 64): ValueError: the weight" in done.stderr
+    assert not (tmp_path / "bad").exists()
