@@ -119,6 +119,8 @@ def with_largest(layer: QuantLinear, x: Tensor, value: Tensor) -> Tensor:
 def _unknown(layer: QuantLinear) -> str:
     if layer.tied_to:
         return "it shares its codes with an embedding"
+    if getattr(layer, "stride", None) is not None:
+        return "it stands in the place of a convolution"
     if not layer.__class__.__module__.startswith(QuantLayer.__module__.rpartition(".")[0]):
         return f"{type(layer).__name__} is a layer of your own, and only those of qgraft are known to be cut right"
     strange = [name for name, t in _tensors(layer).items() if t is not None and name not in KNOWN]

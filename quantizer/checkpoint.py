@@ -76,8 +76,6 @@ def save(
         raise CheckpointError("the model has no quantized layer: call Quantizer(model).quantize(...) first")
     if spread := [name for name, layer in quantized_layers(model).items() if hasattr(layer, "spread_over")]:
         raise CheckpointError(f"{some(spread)}: only a part of each is here; save before parallelize()")
-    if spread := [name for name, layer in quantized_layers(model).items() if hasattr(layer, "spread_over")]:
-        raise CheckpointError(f"{some(spread)}: only a part of each is here; save before parallelize()")
     check_target(path)
     tensors, tied = contents(model)
     path.parent.mkdir(parents=True, exist_ok=True)

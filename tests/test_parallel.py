@@ -211,6 +211,9 @@ def test_attention_heads_and_names_that_the_plan_does_not_know(seed):
 def test_groups_in_an_order_of_their_own_and_layers_of_others_are_not_cut_by_row():
     assert "act-order" in why_not_rows(SCHEMES["w4_group"](128, 64, order=True), 2)
     assert why_not_columns(SCHEMES["w4_group"](128, 64, order=True), 2) == ""
+    convolution = W8A8Linear(64, 64)
+    convolution.stride = (1, 1)
+    assert "place of a convolution" in why_not_columns(convolution, 2)
     strange = type("Strange", (W8A8Linear,), {"__module__": "elsewhere"})(64, 64)
     assert "a layer of your own" in why_not_columns(strange, 2)
 
