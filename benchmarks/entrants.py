@@ -75,7 +75,7 @@ class Ours(Entrant):
         self.calibrated = any(SCHEMES[name].needs for name in _schemes(self.recipe) if name in SCHEMES)
 
     def make(self, model: nn.Module, calibration: Batches) -> Made:
-        model = qgraft.Quantizer(model).quantize(self.recipe, calibration=calibration, progress=False)
+        model = qgraft.Quantizer(model).quantize(self.recipe, calibration=calibration or None, progress=False)
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         size = sum(storage_bytes(layer) - _bias_bytes(layer) for layer in layers)
@@ -140,7 +140,7 @@ def recipe(text: str) -> Recipe:
     changes = {}
     for option in options:
         key, equals, value = option.partition("=")
-        if not equals or found.scheme is None:
+        if not key or not equals or found.scheme is None:
             raise RecipeError(f"'{text}': options are written key=value, behind a recipe that has a scheme")
         changes[key] = yaml.safe_load(value)
     scheme = {"name": found.scheme.name, **found.scheme.options, **changes}
