@@ -85,7 +85,8 @@ class Quantizer:
         if not inplace:
             self.model = copy.deepcopy(self.model)
         if not plan.todo:
-            warnings.warn(f"recipe {plan.recipe.name}: no layer is left to quantize; see plan()", stacklevel=2)
+            why = some([f"'{layer.label}': {layer.reason}" for layer in plan.layers], "\n", 3)
+            warnings.warn(f"recipe {plan.recipe.name}: no layer is left to quantize\n{why}".rstrip(), stacklevel=2)
         run = None
         if calibration is not None:
             run = calibrate.make_runner(calibration, plan.recipe.calibration, tokenizer, progress)
