@@ -13,7 +13,7 @@ from ..layers import storage_bytes
 from . import cli_text, evaluate, tables
 from .cli_output import UsageError, say, show
 from .errors import QGraftError
-from .interop.huggingface import ModelFolder, quiet
+from .interop.huggingface import READABLE, ModelFolder, quiet
 
 
 def run(
@@ -93,7 +93,7 @@ class _Evaluation:
 
     def _load(self, folder: ModelFolder) -> nn.Module:
         say(f"loading {folder}")
-        if folder.quant_method == "qgraft":
+        if folder.quant_method in READABLE:
             return folder.load_quantized(self.device)
         model = folder.load()
         return model if self.device is None else model.to(self.device)

@@ -15,7 +15,7 @@ from qgraft import Recipe, load_recipe, shipped_recipes
 from qgraft.quantizer import CheckpointError, cli, cli_text
 from qgraft.quantizer.cli_output import exit_codes, set_debug
 
-COMMANDS = ("quantize", "allocate", "plan", "recipes", "inspect", "report", "plot", "eval", "bench")
+COMMANDS = ("quantize", "allocate", "plan", "recipes", "inspect", "report", "plot", "export", "eval", "bench")
 PROGRAM = [sys.executable, "-m", "qgraft.quantizer.cli"]
 
 

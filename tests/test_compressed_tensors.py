@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgraft import Quantizer, QuantLinear, Recipe, export, load, load_recipe, save
+from qgraft.quantizer import cli
 from qgraft.quantizer.errors import CheckpointError
 from qgraft.quantizer.interop.huggingface import ModelFolder
 from qgraft.quantizer.interop.packed import pack, unpack, words
@@ -242,6 +243,18 @@ def test_the_shipped_recipe_exports(tmp_path):
     ids = torch.randint(0, 97, (1, 5))
     with torch.no_grad():
         assert torch.equal(stock(tmp_path / "out", dtype=torch.float32)(ids).logits, dense(model)(ids).logits)
+
+
+def test_the_command_line_exports_a_folder_and_says_what_the_library_warns_of(tmp_path, capsys):
+    model = quantized({"name": "w8_group", "zero_point": True})
+    save(model, tmp_path / "ours")
+    assert cli.main(["export", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]) == 0
+    assert "warning: zero points: transformers 5 loads them only with" in capsys.readouterr().err
+    for name, layer in layers_of(load(tmp_path / "out")).items():
+        assert torch.equal(layer.dequantize(), model.get_submodule(name).dequantize())
+    save(quantized({"name": "w4a16"}), tmp_path / "rotated")
+    assert cli.main(["export", str(tmp_path / "rotated"), "--out", str(tmp_path / "no")]) == 1
+    assert "quantize with rotate: false" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

@@ -456,8 +456,10 @@ def test_w4a16_takes_unaligned_and_strided_memory_and_says_what_it_does_not_take
     moved = memory[1:].view_as(qweight).copy_(qweight)
     assert torch.equal(kernels("w4a16.w4a16_linear", x[::2], moved, *rest), whole[::2])
     assert kernels("w4a16.w4a16_linear", x[:0], qweight, *rest).shape == (0, 37)
-    with pytest.raises(TypeError, match="x must be bfloat16 or float16, got float32"):
-        kernels("w4a16.w4a16_linear", x.float(), qweight, *rest)
+    assert torch.equal(kernels("w4a16.w4a16_linear", x.float(), qweight, *rest),
+                       reference.w4a16_linear(x.float(), qweight, *rest))  # fmt: skip
+    with pytest.raises(TypeError, match="x must be bfloat16 or float16, got float64"):
+        kernels("w4a16.w4a16_linear", x.double(), qweight, *rest)
     with pytest.raises(ValueError, match="group_size must be 16, 32, 64, 128 or 256, or the whole row"):
         kernels("w4a16.w4a16_linear", x, qweight, *rest[:-2], 48, False)
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from .. import reference
 from ..operands import HALF, require
 from . import configs
 from .common import FLOATS, TERMS, has_assembly, has_tensor_memory, launch, target_of, tile_of
@@ -175,8 +176,13 @@ def w4a16_linear(
     rounded to its type, in which tensor cores take it (one scale a row comes after the sum, in float32).
 
     From `configs.matmul_from` tokens on, torch multiplies; the branch is rounded to x's type before it is added then.
+    A float32 x goes through plain torch, where nothing is rounded.
     """
     op = "w4a16_linear"
+    if x.dtype is torch.float32:
+        return reference.w4a16_linear(
+            x, qweight, scale, zero_point, smooth_factor, proj_down, proj_up, bias, group_size, rotate
+        )
     (m, k), (n, half), dtype = x.shape, qweight.shape, x.dtype
     padded, words = 2 * half, half // 2
     if half % 2 or padded % group_size or (group_size != padded and group_size not in (16, 32, 64, 128, 256)):

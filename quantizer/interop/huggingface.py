@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+# Quantized by these, a folder can be loaded.
+READABLE = ("qgraft", *foreign.METHODS)
 # Where any of these is, there is a tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -201,7 +203,7 @@ class ModelFolder:
 
     def load_quantized(self, device: torch.device | str | None = None) -> "PreTrainedModel":
         """What `qgraft.save` wrote, or others in a format that qgraft reads, in eval mode."""
-        if self.quant_method not in ("qgraft", *foreign.METHODS):
+        if self.quant_method not in READABLE:
             raise CheckpointError(f"{self}: is no qgraft checkpoint; load_float() reads float models")
         model = load(self.path, model=self.skeleton, device=device)
         if (self.path / GENERATION).is_file() and model.can_generate():
