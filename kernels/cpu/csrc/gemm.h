@@ -11,96 +11,16 @@
 #include <algorithm>
 #include <cstdlib>
 #include <type_traits>
-#include "simd.h"
+#include "wide.h"
 
 namespace qg {
 
-inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
-// Kinds of product. A and B are the types of elements of A and of the unpacked weight, Sum that of sums. A step is STEP
-// features: one load_a and one load_b, B_STEP elements long, and a dot. TILE_M tokens fill the registers.
-struct Float32 {
-  using A = float;
-  using B = float;
-  using Sum = float;
-  using Acc = F;
-  static constexpr int STEP = LANES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3;
-  static F load_a(const float* p) { return load_f(p); }
-  static F load_b(const float* p) { return load_f(p); }
-  static Acc dot(Acc acc, F a, F b) { return fma(a, b, acc); }
-};
-
-#if QG_BF16
-struct Bfloat16 {
-  using A = bf16;
-  using B = bf16;
-  using Sum = float;
-  using Acc = F;
-  static constexpr int STEP = 2 * LANES, B_STEP = STEP, TILE_M = 6;
-  static I load_a(const bf16* p) { return load_i(p); }
-  static I load_b(const bf16* p) { return load_i(p); }
-  static Acc dot(Acc acc, I a, I b) { return dot_bf16(acc, a, b); }
-};
-#endif
-
-#if QG_VNNI
-// int8 times int8. Codes of activations are offset by 128 to make them unsigned, as the instruction wants. What that
-// adds to a sum is 128 times the sum of the weight's row, and a layer's `finish` takes it off.
-struct Integer {
-  using A = uint8_t;
-  using B = int8_t;
-  using Sum = int32_t;
-  using Acc = Sums;
-  static constexpr int STEP = BYTES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, OFFSET = 128;
-  static I load_a(const void* p) { return load_i(p); }
-  static I load_b(const void* p) { return load_i(p); }
-  static Acc dot(Acc acc, I a, I b) { return dot_bytes(acc, a, b); }
-};
-using Grouped = Integer;  // int4 with integers per group multiplies as int8
-#else
-// The same in 16 bits: the 8-bit instruction adds two products in 16 bits, and 2 * 255 * 127 does not fit there.
-struct Integer {
-  using A = int16_t;
-  using B = int16_t;
-  using Sum = int32_t;
-  using Acc = Sums;
-  static constexpr int STEP = BYTES / 2, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, OFFSET = 0;
-  static I load_a(const void* p) { return load_i(p); }
-  static I load_b(const void* p) { return load_i(p); }
-  static Acc dot(Acc acc, I a, I b) { return acc + madd_16(a, b); }
-};
-
-// int4 codes with an integer 1..16 per group. 4 * 255 * 8 fits into 16 bits, so here the 8-bit instruction is exact,
-// and the integers multiply its sums. A step of the weight is the codes of even features, of odd ones, and the integer
-// of every four features.
-struct Grouped {
-  using A = uint8_t;
-  using B = int8_t;
-  using Sum = int32_t;
-  using Acc = Sums;
-  static constexpr int STEP = 2 * BYTES, B_STEP = 3 * BYTES, TILE_M = QG_AVX512 ? 4 : 2, OFFSET = 128;
-  struct Codes {
-    I even, odd;
-  };
-  struct Weights {
-    I even, odd, integers;
-  };
-  static Codes load_a(const uint8_t* p) { return {load_i(p), load_i(p + BYTES)}; }
-  static Weights load_b(const int8_t* p) { return {load_i(p), load_i(p + BYTES), load_i(p + 2 * BYTES)}; }
-  static Acc dot(Acc acc, Codes a, Weights b) {
-    return acc + madd_16(add_16(madd_8(a.even, b.even), madd_8(a.odd, b.odd)), b.integers);
-  }
-};
-#endif
-
-// Rows of the weight in a tile of the product.
-constexpr int TILE_N = 4;
 // What is unpacked at a time: rows, and bytes of each. For a few tokens all of it fits the first-level cache; for many,
 // a tile's rows do, and all of it the second-level cache.
-constexpr int FEW_TOKENS = 16, ROWS_FEW = 16, ROWS_MANY = 64;
+constexpr int FEW_TOKENS = 16, ROWS_FEW = 16;
 constexpr int64_t CHUNK_BYTES_FEW = 1024, CHUNK_BYTES_MANY = 4096;
-// Tokens of a panel: their sums with ROWS_MANY rows stay in the second-level cache.
-constexpr int64_t PANEL_TOKENS = 516;
+// Tokens of a panel: their sums with ROWS_MANY rows stay in the second-level cache, or beside it.
+constexpr int64_t PANEL_TOKENS = 516, PANEL_TOKENS_WIDE = 1056;
 // From here on a panel's activations have left the cache when the next rows of the weight come.
 constexpr int64_t FETCH_TOKENS = 300;
 // Fewer multiplications than this are not worth waking a thread for.
@@ -124,16 +44,13 @@ inline void* scratch(size_t bytes) {
   return buffer.data;
 }
 
-// Where the unpacked weight keeps row r of a block: TILE_N rows stand together, step by step, so that a tile reads one
-// stream. The row's next step comes NEXT elements later.
-template <class T>
-struct Unpacked {
-  static constexpr int64_t NEXT = TILE_N * T::B_STEP;
-  typename T::B* data;
-  int64_t length;              // of a row, in features
-  int64_t ahead_row, ahead_k;  // how far on in the weight the piece lies that comes next: to be fetched by then
-  static int64_t elements(int64_t features) { return features / T::STEP * T::B_STEP; }
-  typename T::B* row(int r) const { return data + r / TILE_N * TILE_N * elements(length) + r % TILE_N * T::B_STEP; }
+// Freed at the end of a call.
+template <class E>
+struct Memory {
+  E* data;
+  explicit Memory(int64_t count) : data((E*)aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(E), 64))) {}
+  Memory(const Memory&) = delete;
+  ~Memory() { free(data); }
 };
 
 template <int N>
@@ -200,6 +117,7 @@ inline void tiles_of_panel(const typename T::A* a, int64_t lda, const Unpacked<T
 //   unpack(row, rows, k, to, block)
 //                               rows [row, row + rows) of the weight, features [k, k + to.length), as T::B; `length` is
 //                               whole vectors, and what lies past the end becomes zeros, or meets zeros in A
+//   stored(row, k)              where the weight is, from which `unpack` of that row and feature reads
 //   finish(m, tokens, row, rows, sums, ld, block)
 //                               sums -> outputs
 // Returns 0, or 1 when there is no memory.
@@ -207,15 +125,21 @@ template <class T, class Layer>
 int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, const Layer& layer) {
   const bool few = m <= FEW_TOKENS;
   const int rows_max = few ? ROWS_FEW : ROWS_MANY;
-  const int64_t chunk = (few ? CHUNK_BYTES_FEW : CHUNK_BYTES_MANY) / sizeof(typename T::A);
-  const int64_t blocks = (n + rows_max - 1) / rows_max, panels = (m + PANEL_TOKENS - 1) / PANEL_TOKENS;
-  const int64_t panel = (m + panels - 1) / panels;
+  const bool wide = T::WIDE && m >= WIDE_TOKENS;
+  const int64_t bytes = few ? CHUNK_BYTES_FEW : wide ? CHUNK_BYTES_WIDE : CHUNK_BYTES_MANY;
+  const int64_t chunk = bytes / sizeof(typename T::A), most = wide ? PANEL_TOKENS_WIDE : PANEL_TOKENS;
+  const int64_t least = (m + most - 1) / most;
+  const int64_t panel = round_up((m + least - 1) / least, LANES), panels = (m + panel - 1) / panel;
+  const int64_t blocks = (n + rows_max - 1) / rows_max;
+  const Memory<typename T::A> turned(wide ? panels * panel * k : 0);
+  if (!turned.data) return 1;
+  if (wide) turn_panels<T>(a, lda, m, k, panel, turned.data);
   int failed = 0;
 #pragma omp parallel for schedule(dynamic) if (m * n * k > PARALLEL_WORK)
   for (int64_t task = 0; task < blocks * panels; task++) {
     const int64_t m0 = task / blocks * panel, tokens = std::min(panel, m - m0);
     const int64_t row = task % blocks * rows_max;
-    const int rows = int(std::min<int64_t>(rows_max, n - row)), tiled = int(round_up(rows, TILE_N));
+    const int rows = int(std::min<int64_t>(rows_max, n - row)), tiled = int(round_up(rows, wide ? WIDE_ROWS : TILE_N));
     auto* data = (typename T::B*)scratch<0>(sizeof(typename T::B) * Unpacked<T>::elements(chunk) * rows_max);
     auto* sums = (typename T::Sum*)scratch<1>(sizeof(typename T::Sum) * panel * rows_max);
     auto* extra = (float*)scratch<2>(layer.scratch_bytes());
@@ -228,12 +152,19 @@ int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, c
     typename Layer::Block block{extra};
     for (int64_t start = 0; start < k; start += chunk) {
       const bool last = start + chunk >= k;
-      const Unpacked<T> weight{data, std::min(chunk, k - start), last ? rows_max : 0, last ? -start : chunk};
-      if (tiled > rows)
-        memset(weight.row(tiled - TILE_N), 0, sizeof(typename T::B) * TILE_N * Unpacked<T>::elements(weight.length));
+      const int64_t next_row = last ? row + rows_max : row, next = last ? 0 : start + chunk;
+      const Unpacked<T> weight{data, std::min(chunk, k - start), wide ? 0 : next_row - row, wide ? 0 : next - start};
+      for (int r = rows / TILE_N * TILE_N; r < tiled; r += TILE_N)
+        memset(weight.row(r), 0, sizeof(typename T::B) * TILE_N * Unpacked<T>::elements(weight.length));
       layer.unpack(row, rows, start, weight, block);
-      const typename T::A* x = a + m0 * lda + start;
-      tiles_of_panel<T>(x, lda, weight, sums, rows_max, tiled, tokens);
+      if constexpr (T::WIDE)
+        if (wide) {
+          const char* const at = layer.stored(next_row, next);
+          Fetch fetch(at, layer.stored(next_row, next + weight.length) - at, layer.stored(next_row + 1, next) - at);
+          wide_panel<T>(turned.data + m0 * k, k, start, weight, fetch, sums, rows_max, tiled, tokens);
+          continue;
+        }
+      tiles_of_panel<T>(a + m0 * lda + start, lda, weight, sums, rows_max, tiled, tokens);
     }
     layer.finish(m0, tokens, row, rows, sums, rows_max, block);
   }

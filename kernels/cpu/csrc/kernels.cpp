@@ -11,15 +11,6 @@ using namespace qg;
 
 #define QG_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Freed at the end of a call.
-template <class E>
-struct Memory {
-  E* data;
-  explicit Memory(int64_t count) : data((E*)aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(E), 64))) {}
-  Memory(const Memory&) = delete;
-  ~Memory() { free(data); }
-};
-
 // What the machine can do, as bits: 1 AVX-512, 2 eight-bit dot products, 4 bfloat16 ones.
 QG_EXPORT int32_t qg_features() { return QG_AVX512 | QG_VNNI << 1 | QG_BF16 << 2; }
 

@@ -37,6 +37,7 @@ constexpr int LANES = BYTES / 4;
 typedef int32_t Sums __attribute__((vector_size(BYTES)));
 
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // to the second-level cache
 
 inline float float_of(bf16 value) {
   const uint32_t bits = uint32_t(value) << 16;
@@ -280,6 +281,17 @@ inline I load_halves(const void* first, const void* second) {
 #else
   (void)second;
   return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)first));
+#endif
+}
+
+// The 32 bits at p in every lane.
+inline I set_words_32(const void* p) {
+  int32_t bits;
+  memcpy(&bits, p, 4);
+#if QG_AVX512
+  return _mm512_set1_epi32(bits);
+#else
+  return _mm256_set1_epi32(bits);
 #endif
 }
 

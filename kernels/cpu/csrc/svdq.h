@@ -24,6 +24,7 @@ struct Svdq {
   Output out;
 
   using Block = IntegerBlock;
+  const char* stored(int64_t row, int64_t start) const { return (const char*)qweight + (row * padded + start) / 2; }
   size_t scratch_bytes() const { return out.scratch_bytes(); }
 
   void unpack(int64_t row, int rows, int64_t start, const Unpacked<Grouped>& to, Block& block) const {

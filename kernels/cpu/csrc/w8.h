@@ -14,6 +14,7 @@ struct W8 {
   struct Block {
     float* scratch;
   };
+  const char* stored(int64_t row, int64_t start) const { return (const char*)qweight + row * k + start; }
   size_t scratch_bytes() const { return 0; }
 
   void unpack(int64_t row, int rows, int64_t start, const Unpacked<T>& to, Block&) const {
