@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from .errors import QuantizeError
 
 POLL_SECONDS = 0.05
+LINGER_SECONDS = 5
 FAILED = "failed"
 RUNS = itertools.count()
 
@@ -80,6 +81,15 @@ class Ranks:
             time.sleep(POLL_SECONDS)
             count = self._store.add(where, 0)
 
+    def leave(self) -> None:
+        """The last meeting: rank 0, which may keep the store, goes when nobody needs it any more."""
+        self.meet("leave")
+        if self.world > 1:
+            gone = self._store.add("gone", 1)
+            while self.is_first and gone < self.world:
+                time.sleep(POLL_SECONDS)
+                gone = self._store.add("gone", 0)
+
     def share(self, work: str, items: list[Any]) -> Iterator[Any]:
         """The items that fall to this process: each takes the next one when it is free, so give the longest first."""
         if self.world == 1:
@@ -100,13 +110,22 @@ class Ranks:
         with _one_thread_each():
             try:
                 yield
+            except dist.DistError as error:
+                raise QuantizeError(f"rank {self.rank} stops: rank 0 cannot be reached any more ({error})") from error
             except BaseException as error:
-                if self.world > 1 and not self._store.check([FAILED]):
-                    words = str(error) or type(error).__name__
-                    self._store.set(FAILED, json.dumps(f"rank {self.rank} failed: {words}"))
-                    # torchrun ends the others as soon as this one is gone: let them hear of it before
-                    time.sleep(10 * POLL_SECONDS)
+                if self.world > 1:
+                    self._part(str(error) or type(error).__name__)
                 raise
+
+    def _part(self, words: str) -> None:
+        """Let the others hear of a failure: rank 0 may keep the store, and torchrun ends all when the first is gone."""
+        with suppress(dist.DistError):
+            if not self._store.check([FAILED]):
+                self._store.set(FAILED, json.dumps(f"rank {self.rank} failed: {words}"))
+            self._store.add("stopped", 1)
+            end = time.monotonic() + LINGER_SECONDS
+            while self._store.add("stopped", 0) < self.world and time.monotonic() < end:
+                time.sleep(POLL_SECONDS)
 
 
 @contextmanager

