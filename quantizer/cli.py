@@ -298,10 +298,10 @@ def export(
     format: Annotated[str, typer.Option(metavar="F", help="Format of others.")] = "compressed-tensors",
     debug: Debug = False,
 ) -> None:
-    """Write a quantized model in a format that others load without qgraft.
+    """Write a quantized model in a format of others.
 
-    compressed-tensors is what transformers and vLLM read. Recipe w4a16_ct makes 4-bit layers that it can
-    hold; so do w8a16 and w8a8.
+    compressed-tensors is what transformers and vLLM load, without qgraft. Recipe w4a16_ct makes 4-bit
+    layers that it can hold; so do w8a16 and w8a8.
 
     \b
     Example: qgraft export ./w4a16_ct --out ./for_vllm
