@@ -184,7 +184,9 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not out.is_meta:
+        # In 4.57 accelerate lets each parameter be made, without a value, and drops it for one on meta.
+        skeleton = func is torch.ops.aten.empty.memory_format and not IS_V5
+        if isinstance(out, torch.Tensor) and not out.is_meta and not skeleton:
             self.largest = max(self.largest, out.nbytes)
         return out
 
@@ -289,7 +291,7 @@ def test_a_shard_that_is_missing_or_outside_of_the_folder_is_refused(tmp_path):
     save_file({f"{UP}.scale": torch.ones(80)}, tmp_path / "outside.safetensors", metadata={"format": "pt"})
     index["weight_map"][f"{UP}.scale"] = "../outside.safetensors"
     file.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="names files outside of the folder, refused"):
+    with pytest.raises(CheckpointError, match=r"names files .*, refused"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
