@@ -111,8 +111,7 @@ def _attempt(name: str, entrant: Entrant, samples: int, console: Console) -> Row
             with unchanged_settings(), _patience():
                 row = measure(name, entrant, samples)
             main = yardsticks.yardsticks()[name].main
-            value = row["scores"][main]
-            shown = "not a number" if value is None else accuracy_table.show(value)
+            shown = accuracy_table.show(row["scores"][main])
             console.print(f"{name}: {entrant.name}: {main} {shown}, {row['bits']:.2f} bits, "
                           f"{row['seconds']:.0f} s", soft_wrap=True)  # fmt: skip
             return row

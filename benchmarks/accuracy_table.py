@@ -65,8 +65,10 @@ def _table(yardstick: Yardstick, rows: list[Row]) -> Table:
     return table
 
 
-def show(value: float) -> str:
-    """Four digits that say something; a ratio near 1 gets its own."""
+def show(value: float | None) -> str:
+    """Four digits that say something; a ratio near 1 gets its own. None is not a number."""
+    if value is None:
+        return "nan"
     return f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.4g}"
 
 

@@ -77,6 +77,6 @@ def _prose(markup: str) -> str:
     text = mwparserfromhell.parse(markup[:MARKUP]).strip_code()
     paragraphs = [" ".join(line.split()) for line in text.splitlines()]
     # What begins with these, or holds brackets, is markup that is cut off or that the parser does not know.
-    kept = [p for p in paragraphs if len(p) >= PARAGRAPH and not re.match(r"[|!*#:]|Category:|thumb\|", p)]
+    kept = [p for p in paragraphs if len(p) >= PARAGRAPH and not re.match(r"[|!{*#:]|Category:", p)]
     kept = [p for p in kept if "[[" not in p and "{{" not in p]
     return "\n".join(kept)[:CHARACTERS]
