@@ -143,7 +143,7 @@ def test_two_reports_stand_beside_each_other(opened):
     assert not tab.is_visible("#comparison")
     tab.select_option("#other", "1")
     tab.wait_for_selector("#compare svg path")
-    assert "30 layers are in both" in tab.inner_text("#compared") and "in second" in tab.inner_text("#compared")
+    assert "30 layers are in both" in tab.inner_text("#compared") and "Above" in tab.inner_text("#c-compare")
     assert "Beside second" in tab.inner_text("#h-compare")
     tab.get_by_role("button", name="error, other").click()
     others = [float(v) for v in column(tab, 7)]

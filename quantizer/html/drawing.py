@@ -87,8 +87,8 @@ def _tradeoff(reports: list[Shown], layer: str | None) -> Spec:
 def _compare(reports: list[Shown], layer: str | None) -> Spec:
     if len(reports) != 2:
         raise FigureError(f"a comparison takes two reports, got {len(reports)}")
-    found = rows.compare(*reports)
-    return _filled(figures.compare(), found, f"{reports[0].name} and {reports[1].name} have no layer in common")
+    measure, found = rows.compare(*reports)
+    return _filled(figures.compare(measure), found, f"{reports[0].name} and {reports[1].name} have no layer in common")
 
 
 KINDS: dict[str, Callable[[list[Shown], str | None], Spec]] = {

@@ -122,7 +122,13 @@ def spectrum() -> Spec:
 def tradeoff(measure: str) -> Spec:
     """Rows {"name", "mib", "weight_error", "output_sqnr"}, one a report; the error in percent."""
     title = {"weight_error": "weight error, %", "output_sqnr": "mean output SQNR, dB"}[measure]
-    x = {"field": "mib", "type": "quantitative", "title": "size, MiB", "scale": {"zero": False, "padding": 40}}
+    x = {
+        "field": "mib",
+        "type": "quantitative",
+        "title": "size, MiB",
+        "axis": {"format": ".4~g"},
+        "scale": {"zero": False, "padding": 40},
+    }
     y = {"field": measure, "type": "quantitative", "title": title, "scale": {"zero": False, "padding": 24}}
     points = {
         "mark": {"type": "point", "filled": True, "size": 90, "color": COLOURS[0]},
@@ -144,20 +150,25 @@ def tradeoff(measure: str) -> Spec:
     return _lite("Size against error, a point for each report.", layer=[points, names])
 
 
-def compare() -> Spec:
-    """Rows {"name", "scheme", "a", "b"}: the weight errors of one layer in two reports, in percent."""
-    log = {"type": "log", "nice": False, "padding": 12}
-    axis = {"format": "~g", "tickCount": 5}
+def compare(measure: str) -> Spec:
+    """Rows {"name", "scheme", "a", "b"}: one measure of one layer in two reports, errors in percent."""
+    title = MEASURES[measure][0]
+    scale = {"type": "log"} if measure == "weight_error" else {"zero": False}
+    place = {
+        "type": "quantitative",
+        "scale": {**scale, "nice": False, "padding": 12},
+        "axis": {"format": "~g", "tickCount": 5},
+    }
     points = {
-        "mark": {"type": "point", "filled": True, "cursor": "pointer"},
+        "mark": {"type": "point", "filled": True, "opacity": 0.9, "cursor": "pointer"},
         "encoding": {
-            "x": {"field": "a", "type": "quantitative", "title": "weight error here, %", "scale": log, "axis": axis},
-            "y": {"field": "b", "type": "quantitative", "title": "in the other, %", "scale": log, "axis": axis},
+            "x": {"field": "a", "title": f"{title}, here", **place},
+            "y": {"field": "b", "title": f"{title}, in the other", **place},
             "color": _by_scheme(),
             "tooltip": [
                 {"field": "name", "title": "layer"},
-                {"field": "a", "title": "here, %", "format": ".3~f"},
-                {"field": "b", "title": "in the other, %", "format": ".3~f"},
+                {"field": "a", "title": "here", "format": ".3~f"},
+                {"field": "b", "title": "in the other", "format": ".3~f"},
             ],
         },
     }
@@ -174,9 +185,8 @@ def compare() -> Spec:
             "y": {"field": "ends", "type": "quantitative"},
         },
     }
-    return _lite(
-        "Weight error of each layer in two reports; on the dashed line both are alike.", layer=[points, diagonal]
-    )
+    description = f"{title} of each layer in two reports; on the dashed line both are alike."
+    return _lite(description, layer=[points, diagonal])
 
 
 def tree(schemes: list[str]) -> Spec:

@@ -259,24 +259,27 @@
     if (!part) return;
     part.hidden = index == null;
     if (index == null) return;
-    const found = [];
-    let better = 0;
+    const pairs = [];
     for (const tr of body().rows) {
       const row = reports[shown].rows[tr.dataset.i];
       const twin = there.get(row.name);
       const [error, sqnr] = $$(".compared", tr);
       fill(error, twin?.weight_error, percent);
       fill(sqnr, twin?.output_sqnr, decibel);
-      if (!twin) continue;
-      better += twin.weight_error < row.weight_error;
-      if (twin.weight_error && row.weight_error)
-        found.push({ name: label(row.name), scheme: row.scheme, a: 100 * row.weight_error, b: 100 * twin.weight_error });
+      if (twin) pairs.push([row, twin]);
     }
-    $("#other-name").textContent = reports[index].name;
-    const both = [...body().rows].filter((tr) => there.has(reports[shown].rows[tr.dataset.i].name)).length;
-    $("#compared").textContent = `${both} layers are in both; ${better} of them have less weight error in ${reports[index].name}, `
-      + `which is ${size(reports[index].after)} beside ${size(reports[shown].after)}.`;
-    await draw("compare", specs.compare, found, ({ name }) => choose(name === root ? "" : name, true));
+    // The error of outputs if there is any: between 4 and 8 bits for activations, weights see no difference.
+    const measure = pairs.some(([a, b]) => a.output_sqnr && b.output_sqnr) ? "output_sqnr" : "weight_error";
+    const scale = measure === "weight_error" ? 100 : 1;
+    const found = pairs.filter(([a, b]) => a[measure] && b[measure]).map(([a, b]) =>
+      ({ name: label(a.name), scheme: a.scheme, a: scale * a[measure], b: scale * b[measure] }));
+    const better = found.filter(({ a, b }) => (measure === "weight_error" ? b < a : b > a)).length;
+    const [here, beyond] = [reports[shown], reports[index]];
+    $("#other-name").textContent = beyond.name;
+    $("#compared").textContent = `${pairs.length} layers are in both; ${better} of them are better in ${beyond.name} `
+      + `(${measure === "weight_error" ? "weight error" : "output SQNR"}), which is ${size(beyond.after)} beside ${size(here.after)}.`;
+    $("#c-compare").textContent = `${measure === "weight_error" ? "Below" : "Above"} the dashed line the other report is better.`;
+    await draw("compare", specs.compare[measure], found, ({ name }) => choose(name === root ? "" : name, true));
   }
 
   function fill(cell, value, words) {

@@ -58,7 +58,7 @@ def _data(reports: list[Shown]) -> dict[str, Any]:
             "weights": figures.histogram("weights"),
             "activations": figures.histogram("activations"),
             "spectrum": figures.spectrum(),
-            "compare": figures.compare(),
+            "compare": {measure: figures.compare(measure) for measure in figures.MEASURES},
             "tradeoff": figures.tradeoff(rows.tradeoff_measure(reports)),
         },
         "tradeoff": rows.tradeoff(reports),
