@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .pointwise import features_first, features_last
 from .stats import Stats
 
 
@@ -130,6 +131,9 @@ class QuantLinear(QuantLayer):
     dtype: the nominal type, that of the `nn.Linear` replaced.
     """
 
+    # That of the 1x1 convolution in whose place the layer stands: it takes (*, K, H, W) then. None: a linear layer.
+    stride: tuple[int, int] | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -219,7 +223,20 @@ class QuantLinear(QuantLayer):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(*, K) -> (*, N) in x's dtype: any leading shape, none (1-D) and empty ones too, any strides."""
+        """(*, K) -> (*, N) in x's dtype: any leading shape, none (1-D) and empty ones too, any strides.
+
+        With `stride`, (K, H, W) -> (N, H', W') or (B, K, H, W) -> (B, N, H', W').
+        """
+        if self.stride is None:
+            return self._features(x)
+        if x.ndim not in (3, 4) or x.shape[-3] != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__} in the place of a convolution takes input of shape (B, {self.in_features}, "
+                f"H, W), with or without B, got {tuple(x.shape)}"
+            )
+        return features_first(self._features(features_last(x, self.stride)), x)
+
+    def _features(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__} takes floating-point input of shape (*, {self.in_features}), "
@@ -231,7 +248,8 @@ class QuantLinear(QuantLayer):
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self.scheme)
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={self.bias is not None}{options}"
+        stride = "" if self.stride is None else f", stride={self.stride}"
+        return f"{sizes}, bias={self.bias is not None}{stride}{options}"
 
 
 def check_weight(weight: Tensor) -> None:

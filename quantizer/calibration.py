@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..layers import Stats
 from ..recipes import CalibrationSpec
 from .errors import CalibrationError
+from .kinds import inputs_of
 
 Batch = Any  # a tensor, a mapping of keyword arguments, or a tuple of positional ones
 Runner = Callable[[nn.Module], None]
@@ -121,7 +122,7 @@ class _Watch:
 
     def hook(self, name: str) -> Callable:
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = inputs_of(module, args[0] if args else next(iter(kwargs.values())))
             same = self.last is not None and _is_same(x, *self.last[1:])
             leader = self.last[0] if same else None
             if not self._follows(name, leader):

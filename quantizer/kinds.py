@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import QuantEmbedding, QuantLayer, QuantLinear, Scheme, Stats
+from ..layers.pointwise import features_last, is_pointwise
 
 
 def is_linear(module: nn.Module) -> bool:
-    """`nn.Linear`, a subclass of it, or transformers' `Conv1D`; quantized ones too."""
-    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
+    """`nn.Linear`, a subclass of it, transformers' `Conv1D`, or a 1x1 `nn.Conv2d`; quantized ones too."""
+    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module) or is_pointwise(module)
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -25,12 +26,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether it is of these classes exactly; a subclass may compute something else."""
-    return type(module) in (nn.Linear, nn.Embedding, *_conv1d())
+    return type(module) in (nn.Linear, nn.Embedding, nn.Conv2d, *_conv1d())
 
 
 def base_of(module: nn.Module) -> str:
     """The class that it is a subclass of, in words."""
-    return "nn.Embedding" if is_embedding(module) else "Conv1D" if is_conv1d(module) else "nn.Linear"
+    names = {is_embedding: "nn.Embedding", is_conv1d: "Conv1D", is_pointwise: "nn.Conv2d"}
+    return next((name for is_one, name in names.items() if is_one(module)), "nn.Linear")
 
 
 def _conv1d() -> tuple[type, ...]:
@@ -43,13 +45,22 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     """(N, K) of its weight as a linear layer has it: outputs by inputs, or rows by columns of an embedding."""
     if is_embedding(module):
         return module.num_embeddings, module.embedding_dim
+    if is_pointwise(module):
+        return module.out_channels, module.in_channels
     return (module.nf, module.nx) if is_conv1d(module) else (module.out_features, module.in_features)
 
 
 def float_weight(module: nn.Module) -> Tensor:
     """The weight as (N, K), detached; a view of the module's own."""
     weight = module.weight.detach()
+    if is_pointwise(module):
+        return weight.flatten(1)
     return weight.t() if is_conv1d(module) else weight
+
+
+def inputs_of(module: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer in the place of the module would get: x with its features last."""
+    return features_last(x, module.stride) if is_pointwise(module) else x
 
 
 def quantized(module: nn.Module, cls: type[QuantLayer], scheme: Scheme, stats: Stats | None = None) -> QuantLayer:
@@ -71,7 +82,7 @@ def empty(
 
 def as_linear(module: nn.Module) -> nn.Linear:
     """The module itself if it is an `nn.Linear`, else one that computes the same and shares its bias."""
-    if not is_conv1d(module):
+    if not (is_conv1d(module) or is_pointwise(module)):
         return module
     n, k = shape_of(module)
     linear = nn.Linear(k, n, bias=False, device="meta")

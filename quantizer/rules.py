@@ -83,7 +83,7 @@ def _matches(patterns: tuple[str, ...], site: Site) -> bool:
     kinds = (type(site.module).__name__,)
     if isinstance(site.module, QuantLayer):
         # It still counts as what it may have been, so that a run can be continued.
-        kinds += ("Embedding",) if site.is_embedding else ("Linear", "Conv1D")
+        kinds += ("Embedding",) if site.is_embedding else ("Linear", "Conv1D", "Conv2d")
     kinds += (site.inside,) if site.inside else ()
     return any(pattern_matches(p, name, c) for p in patterns for name in site.names for c in kinds)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layers import Experts, QuantLayer, is_fused, why_not_split
+from ..layers.pointwise import is_pointwise
 from .kinds import base_of, is_embedding, is_linear, is_plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -153,6 +154,8 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for hook in HOOKS:
         setattr(new, hook, getattr(old, hook))
     new.training = old.training
+    if is_pointwise(old):
+        new.stride = old.stride
     for key, value in old.__dict__.items():
         if key not in new.__dict__ and not hasattr(type(new), key):
             new.__dict__[key] = value
