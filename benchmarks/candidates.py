@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +59,14 @@ class NotRun:
     tokens: tuple[int, ...]
     reason: str
 
-    def __str__(self) -> str:
-        rows = f", {', '.join(map(str, self.tokens))} tokens" if self.tokens else ""
-        return f"not run: {self.library} {self.scheme}, {self.dtype}{rows}: {self.reason}"
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "tokens": list(self.tokens)}
+
+
+def not_run_in_words(item: dict[str, Any]) -> str:
+    """item: a `NotRun` as it is in the JSON."""
+    rows = f", {', '.join(map(str, item['tokens']))} tokens" if item["tokens"] else ""
+    return f"not run: {item['library']} {item['scheme']}, {item['dtype']}{rows}: {item['reason']}"
 
 
 class Candidates:

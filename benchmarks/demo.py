@@ -11,7 +11,6 @@ if one fails, 2 if a package is missing. What is printed on stderr is progress o
 import argparse
 import contextlib
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -153,8 +152,7 @@ def reloads(subject: Subject, model: nn.Module, dtype: torch.dtype, folder: Path
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    machine.write_json(results, out / "results.json")
     page = render.markdown(results, machine.in_words(results["machine"]))
     (out / "results.md").write_text(page, encoding="utf-8")
 

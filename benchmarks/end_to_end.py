@@ -9,7 +9,6 @@ layers that our recipes of the same width do: all with 8 bits, all but the outpu
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -28,9 +26,9 @@ from qgraft.layers import SCHEMES
 from qgraft.recipes import SchemeSpec, load_recipe, shipped_recipes
 
 from . import candidates, machine, memory, models, peers
-from .candidates import NotRun, in_words
+from .candidates import NotRun, in_words, not_run_in_words
 from .demo import Say, narrator
-from .layer_table import name_of, short_type
+from .layer_table import name_of, plain_table, short_type
 from .peers import LIMIT_8, Compiled, Peer
 from .subjects import LanguageModel, Subject
 from .timing import interleaved
@@ -58,13 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = measure(subject, args.recipe, args.peer, narrator())
     console.print(table(measured))
     for item in measured["not_run"]:
-        console.print(str(NotRun(**item)))
+        console.print(not_run_in_words(item))
     if args.json:
         versions = {peer.library: peer.version for peer in args.peer if peer.version}
         results = {"command": machine.command("end_to_end", argv), "device": "cpu", "machine": found,
                    "peers": versions, "model": subject.name, **measured}  # fmt: skip
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        machine.write_json(results, args.json)
     return 0 if all(row["ok"] for row in measured["rows"] if row["library"] in ("qgraft", "torch")) else 1
 
 
@@ -115,7 +112,7 @@ def measure(subject: Subject, recipes: Sequence[str], others: Sequence[Peer], sa
         "setting": subject.setting,
         "quality": subject.quality_name,
         "rows": rows,
-        "not_run": [{**vars(item), "tokens": list(item.tokens)} for item in out],
+        "not_run": [item.to_dict() for item in out],
     }
 
 
@@ -161,9 +158,7 @@ def _time(subject: Subject, runnable: list[tuple[dict, nn.Module]], say: Say) ->
 def table(measured: dict[str, Any]) -> Table:
     names = [name for row in measured["rows"][:1] for name in row.get("speeds", {})]
     caption = f"{measured['setting']} In brackets: to the float model of the same type; more than 1x is faster."
-    result = Table(caption=caption, caption_justify="left", box=box.SIMPLE, pad_edge=False)
-    for i, title in enumerate(("model", "in", "MiB", measured["quality"], *(f"{name} tok/s" for name in names))):
-        result.add_column(title, justify="left" if i < 2 else "right", no_wrap=i > 0)
+    result = plain_table(("model", "in", "MiB", measured["quality"], *(f"{name} tok/s" for name in names)), caption)
     for row in measured["rows"]:
         head = [name_of(row), short_type(row["dtype"]), f"{row['bytes'] / 2**20:.0f}", f"{row['quality']:.2f}"]
         speeds = row.get("speeds") or dict.fromkeys(names)

@@ -7,7 +7,6 @@ Prints the table as Markdown. The error is 1 - cosine between the sentence vecto
 
 import argparse
 import copy
-import json
 import sys
 import time
 import warnings
@@ -55,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        machine.write_json(results, args.json)
     print(results["setting"], "", *table(rows), sep="\n")
     return 0
 

@@ -27,13 +27,18 @@ def name_of(row: dict[str, Any]) -> str:
     return row["scheme"] if row["library"] in ("qgraft", "torch") else f"{row['library']} {row['scheme']}"
 
 
+def plain_table(titles: Sequence[str], caption: str | None = None, folding: int = 1) -> Table:
+    """A table without lines; two columns of words, then numbers. The first `folding` columns may fold, others never."""
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="left" if i < 2 else "right", no_wrap=i >= folding, overflow="fold")
+    return table
+
+
 def layer_table(rows: Sequence[dict[str, Any]]) -> Table:
     """rows: as in the JSON, all of one shape, by number of tokens."""
     eager = any("eager" in row for row in rows)
-    table = Table(caption=NOTE, caption_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate((*TITLES[:6], *["eager"] * eager, *TITLES[6:])):
-        # The name may fold; a number never.
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold")
+    table = plain_table((*TITLES[:6], *["eager"] * eager, *TITLES[6:]), NOTE)
     tokens = rows[0]["tokens"] if rows else 0
     for row in rows:
         if row["tokens"] != tokens:
@@ -49,9 +54,7 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
         "MiB. made: its tensors when made. held: its tensors after use with every number of rows, packed copies "
         "included. resident: what the process has grown by for it. of float: held / F.linear in the same type."
     )
-    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("layer", "in", "made", "held", "resident", "of float")):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    table = plain_table(("layer", "in", "made", "held", "resident", "of float"), caption)
     floats = {row["dtype"]: row["held_bytes"] for row in rows if row["library"] == "torch"}
     last = {(name_of(row), row["dtype"]): row for row in rows}
     for (name, dtype), row in last.items():
@@ -64,9 +67,7 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """A line for each target and scheme, a column for each number of tokens: measured / to reach."""
     tokens = sorted({v.tokens for v in verdicts})
-    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("target", "layer", *(f"M={m}" for m in tokens))):
-        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
+    table = plain_table(("target", "layer", *(f"M={m}" for m in tokens)), folding=len(tokens) + 2)
     lines: dict[tuple, dict[int, Verdict]] = {}
     for v in verdicts:
         # "ratio" and "error" need no name beside the label.

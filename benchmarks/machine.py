@@ -1,6 +1,7 @@
 """What a number was measured on: versions, processor, threads. No host name and no path."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -61,6 +62,12 @@ def in_words(machine: dict[str, Any]) -> str:
 def command(module: str, argv: Sequence[str]) -> str:
     """The command line that gives these numbers again."""
     return shlex.join(["python", "-m", f"qgraft.benchmarks.{module}", *argv])
+
+
+def write_json(results: dict[str, Any], path: Path) -> None:
+    """Make the folder if it is not there, and replace the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

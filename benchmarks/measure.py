@@ -34,7 +34,7 @@ def measure_shape(
     for peer in peers:
         field.add_peer(peer)
     rows = [row for m in field.inputs for row in _measure_tokens(field, m, ceilings)]
-    out = [{**vars(item), "tokens": list(item.tokens), "shape": [n, k]} for item in field.not_run]
+    out = [{**item.to_dict(), "shape": [n, k]} for item in field.not_run]
     return rows, out
 
 

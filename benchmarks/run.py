@@ -11,7 +11,6 @@ cold (`timing.py`, `timing_cuda.py`); the machine's own limits are measured firs
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.console import Console
 from qgraft.layers import SCHEMES
 
 from . import machine, peers, roofline, shapes, targets
+from .candidates import not_run_in_words
 from .layer_table import layer_table, memory_table, verdict_table
 from .measure import measure_shape
 
@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {"command": machine.command("run", argv), **results, "verdicts": [v.to_dict() for v in verdicts]}
     _print_verdicts(verdicts, console)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        machine.write_json(results, args.json)
     wrong = [row for row in results["rows"] if not row["ok"]]
     for row in wrong:
         n, k = row["shape"]
@@ -72,7 +71,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(layer_table(shape_rows))
         console.print(memory_table(shape_rows))
         for item in shape_out:
-            console.print(_in_words(item))
+            console.print(not_run_in_words(item))
         rows += shape_rows
         out += shape_out
     versions = {peer.library: peer.version for peer in args.peer if peer.version}
@@ -84,11 +83,6 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "rows": rows,
         "not_run": out,
     }
-
-
-def _in_words(item: dict[str, Any]) -> str:
-    rows = f", {', '.join(map(str, item['tokens']))} tokens" if item["tokens"] else ""
-    return f"not run: {item['library']} {item['scheme']}, {item['dtype']}{rows}: {item['reason']}"
 
 
 def _print_verdicts(verdicts: Sequence[targets.Verdict], console: Console) -> None:
