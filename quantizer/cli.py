@@ -188,13 +188,13 @@ def allocate(
     device: Device = None,
     debug: Debug = False,
 ) -> None:
-    """Choose the recipe of each layer so that a budget of bits or bytes is used best.
+    """Choose each layer's recipe under a budget of bits or bytes.
 
     Measures once what each candidate does to each layer, then solves for the least error within the
     budget. Writes an ordinary recipe, and shows what other budgets would buy.
 
     \b
-    Example: qgraft allocate ./model --budget '4.6 bits' -c w4a16 -c w8a16 --rank 16
+    Example: qgraft allocate ./model --budget '4.6 bits' -c w4a16 -c w8a16
                  --calibration t.txt --out mine.yaml
     """
     where = _device(device)
