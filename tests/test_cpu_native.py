@@ -67,7 +67,7 @@ def with_outliers(m, k, dtype):
 def test_w8_is_exact(lib, n, k, dtype):
     qweight, scale, bias = random_int8(n, k), random_scale(n), torch.randn(n).to(dtype)
     op = ops.w8a32_linear if dtype is torch.float32 else ops.w8a16_linear
-    for m in (*TOKENS, 600):
+    for m in (*TOKENS, 33, 600, 1100):  # 1100: more than one panel of tokens
         x = with_outliers(m, k, dtype)
         exact = x.double() @ (qweight.double() * scale.double()[:, None]).t() + bias.double()
         assert relative(op(x, qweight, scale, bias), exact) < TOLERANCE[dtype]
@@ -154,9 +154,13 @@ def test_svdq_is_the_reference(lib, group_size, rank, act_bits):
         for n, k in [(33, 77), (70, 1100)]:
             args = svdq_args(m, n, k, group_size, rank, act_bits, rotate=False)
             assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < TOLERANCE[torch.float32]
-            # Rotated, sums in another order put an activation on the other side of a rounding now and then.
-            args = (*args[:-2], True, act_bits)
-            assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < 2e-3
+            # Rotated, sums in another order put an activation on the other side of a rounding now and then: the
+            # product is that of its own codes.
+            x, qweight, scale, group_scale, smooth_factor, down, up, bias, *_ = args
+            padded = 2 * qweight.shape[1]
+            codes = ops.svdq_quantize(x, smooth_factor, down, padded, group_size, True, True, act_bits)
+            exact = reference.svdq_gemm(*codes, qweight, scale, group_scale, up, bias, group_size, torch.float64)
+            assert relative(ops.svdq_linear(*args[:-2], True, act_bits), exact) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
