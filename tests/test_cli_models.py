@@ -196,6 +196,36 @@ def test_ctrl_c_while_quantizing_leaves_nothing_behind(run, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+# -- allocate ----------------------------------------------------------------------------------------------------------
+
+
+def test_allocate_writes_a_recipe_within_the_budget_that_plan_and_quantize_take(run, tmp_path):
+    pytest.importorskip("scipy")
+    mine, numbers = tmp_path / "mine.yaml", tmp_path / "mine.json"
+    chosen = ("-c", "w4a16", "-c", "w8a16", "--rank", "4", "--calibration", "text.txt", "--samples", "3")
+    args = ("llama", "--budget", "7.2 bits", *chosen, "--out", mine, "--json", numbers)
+    code, shown, messages = run("allocate", *args)
+    assert code == 0 and "What a budget buys" in shown and f"saved {mine}" in messages.replace("\n", "")
+    found = json.loads(numbers.read_text())
+    assert found["bits"] <= 7.2 and found["metric"].startswith("KL")
+    assert json.loads(run("plan", "llama", "-r", mine, "--json")[1])["bytes_after"] == found["bytes"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("--budget", "7 apples"), "a budget is written"),
+        (("-c", "w4a99"), "w4a99"),
+        (("--out", "mine.txt"), "ends in .yaml"),
+        (("--calibration", "none.txt"), "none.txt"),
+    ],
+)
+def test_allocate_refuses_before_the_weights_are_read(run, no_weights, tmp_path, change, message):
+    good = ["--budget", "7 bits", "-c", "w8a16", "--calibration", "text.txt", "--out", tmp_path / "mine.yaml"]
+    code, _, messages = run("allocate", "llama", *good, *change)
+    assert code == 1 and message in messages and not (tmp_path / "mine.yaml").exists()
+
+
 # -- inspect and eval --------------------------------------------------------------------------------------------------
 
 
