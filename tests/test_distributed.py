@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 # One process that imports, and becomes several, as torchrun would start them.
@@ -102,7 +101,7 @@ def test_a_process_that_fails_stops_all_with_its_message(folder, tmp_path):
     assert not (tmp_path / "of3").exists()
 
 
-def test_torchrun_starts_the_command_and_a_bad_weight_ends_it(tmp_path):
+def test_torchrun_starts_the_command(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4, "vocab_size": 80}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1))
@@ -114,9 +113,3 @@ def test_torchrun_starts_the_command_and_a_bad_weight_ends_it(tmp_path):
     assert done.stdout.count("Plan of recipe w4a16") == 1 and done.stderr.count("saved out") == 1
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert len(config["quantization_config"]["layers"]) == 7
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.inf
-    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    done = subprocess.run([*command[:-1], "bad"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "up_proj' (w4a16, 80 x 64): ValueError: the weight" in done.stderr
-    assert not (tmp_path / "bad").exists()
