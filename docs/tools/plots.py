@@ -183,7 +183,7 @@ def outliers() -> Figure:
         axes, (x, x / s, rotate_groups(x / s, 64)), ("as it comes", "smoothed", "and rotated"), strict=True
     ):
         peak = values.abs().amax(0) / values.square().mean().sqrt()
-        ax.bar(range(128), peak[:128], color=[ORANGE if i < 8 else BLUE for i in range(128)], width=1.0)
+        ax.bar(range(128), peak[:128].tolist(), color=[ORANGE if i < 8 else BLUE for i in range(128)], width=1.0)
         ax.set(title=title, xlabel="feature (the first 128)")
     axes[0].set_ylabel("largest / root mean square")
     return drawn
