@@ -27,6 +27,7 @@ from .quantizer import Plan, Quantizer, Report
 from .quantizer.allocate import Allocation, allocate
 from .quantizer.checkpoint import save
 from .quantizer.interop.clients import register as _register
+from .quantizer.interop.export import export
 from .quantizer.loading import load
 from .quantizer.parallel import parallelize
 from .quantizer.streaming import quantize_files
