@@ -173,8 +173,8 @@ def _measure(
     missed = [name for name in modules if name not in probed.probes]
     if missed:
         warnings.warn(
-            f"the calibration data did not reach {some(missed, show=3)}, or the model's first output does not depend on "
-            "them: judged by the error of the weight, with the mean sensitivity of the other layers",
+            f"the calibration data did not reach {some(missed, show=3)}, or the model's first output does not "
+            "depend on them: judged by the error of the weight, with the mean sensitivity of the other layers",
             stacklevel=3,
         )
         pairs = [(options[n][c].error, error) for n in probed.probes for c, error in by_weight[n].items()]
