@@ -303,7 +303,7 @@ def test_without_the_extra_the_message_says_what_to_install(run, folders, monkey
     assert run("report", folders[0])[0] == 0, "the terminal needs none of it"
 
 
-def test_against_a_folder_of_the_float_model(run, tmp_path):
+def test_a_folder_of_the_float_model_is_compared_with_or_quantized_with_its_page(run, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
                                      vocab_size=40, max_position_embeddings=16)  # fmt: skip
@@ -320,6 +320,13 @@ def test_against_a_folder_of_the_float_model(run, tmp_path):
         assert len(details["spectrum"]["values"]) == 32 and details["input"] is None
     code, _, err = run("report", tmp_path / "out" / "report.json", "--against", tmp_path / "float")
     assert code == 2 and "report alone" in err
+    # The same float folder, quantized with its page at once.
+    for how in ("--no-stream", "--stream"):
+        html, out = tmp_path / f"{how}.html", tmp_path / how.strip("-")
+        code, _, err = run("quantize", tmp_path / "float", "-r", "w8a32", how, "--out", out, "--report", html)
+        assert code == 0, err
+        found = Page(html.read_text(encoding="utf-8")).data["reports"][0]["rows"]
+        assert [row["details"]["weight"] for row in found] == [row["details"]["weight"] for row in rows]
 
 
 def test_random_state_is_left_alone_by_drawing(shown, tmp_path):
