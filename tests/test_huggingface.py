@@ -205,6 +205,7 @@ for path in sys.argv[1:]:
         print("loaded", path)
     except RuntimeError as error:
         print("refused")
+        print(error, file=sys.stderr)  # 4.57 says it here, 5.x in a report before
 assert "qgraft" not in sys.modules
 """
 
