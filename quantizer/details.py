@@ -25,10 +25,16 @@ DIGITS = 5
 def layer_details(weight: Tensor, layer: QuantLayer, stats: Stats | None) -> dict[str, Any]:
     """Plain data for one layer; weight (N, K) float, stats of its inputs if there are any.
 
-    {"weight": histograms, "input": histograms or None, "spectrum": singular values or None}
+    {"weight": histograms, "input": histograms or None, "spectrum": singular values or None, "won": what each
+    ingredient of the method is worth here, or None}
     """
     sample = None if stats is None else stats.sample
-    return {**weight_details(weight, layer), "input": None if sample is None else _input(layer, sample)}
+    won = layer.ingredients(weight, stats) if stats is not None and isinstance(layer, SVDQW4A4Linear) else None
+    return {
+        **weight_details(weight, layer),
+        "input": None if sample is None else _input(layer, sample),
+        "won": None if won is None else {name: _short(decibels) for name, decibels in won.items()},
+    }
 
 
 @torch.no_grad()
@@ -85,7 +91,7 @@ def _spectrum(weight: Tensor, layer: QuantLinear) -> dict[str, Any]:
     smooth = getattr(layer, "smooth_factor", None)
     if smooth is not None:
         weight = weight * smooth
-    rank = _rank(layer)
+    rank = rank_of(layer)
     kept = min(max(SINGULAR_VALUES, 2 * rank), *shape_of(layer))
     # Its random start must not change what is quantized next.
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
@@ -98,7 +104,7 @@ def _spectrum(weight: Tensor, layer: QuantLinear) -> dict[str, Any]:
     }
 
 
-def _rank(layer: QuantLinear) -> int:
+def rank_of(layer: QuantLayer) -> int:
     """Columns of the branch, or of the factors; 0 for a layer without."""
     branch = getattr(layer, "proj_down", None)
     rank = getattr(layer.scheme, "rank", 0) if branch is None else branch.shape[1]
@@ -117,14 +123,15 @@ def rounded_input(layer: QuantLayer, x: Tensor) -> tuple[Tensor | None, Tensor |
 
 @rounded_input.register
 def _(layer: W8A8Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scale = reference.w8a8_quantize(x, None, None)
-    return x, codes * scale
-
-
-@rounded_input.register
-def _(layer: W8A8StaticLinear, x: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scale = reference.w8a8_quantize(x, layer.act_scale, layer.act_zero_point)
-    return x, (codes.float() - layer.act_zero_point) * scale
+    smooth, static = layer.smooth_factor, isinstance(layer, W8A8StaticLinear)
+    flat = reference.smooth_and_rotate(x, smooth, layer.qweight.shape[1], layer.rotation)
+    ranges = (layer.act_scale, layer.act_zero_point) if static else (None, None)
+    codes, scale = reference.w8a8_quantize(flat, *ranges)
+    seen = (codes.float() - (layer.act_zero_point if static else 0)) * scale
+    if layer.rotation:
+        seen = reference.rotate_groups(seen, layer.rotation)  # back: H is its own inverse
+    seen = seen[:, : layer.in_features]
+    return flat, seen if smooth is None else seen * smooth
 
 
 @rounded_input.register

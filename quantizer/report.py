@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..layers import QuantLayer, Stats, storage_bytes
 from . import tables
-from .details import layer_details
+from .details import layer_details, rank_of
 from .kinds import shape_of
 
 # A norm below this counts as zero in a ratio.
@@ -28,7 +28,8 @@ class LayerReport:
     weight_error: |W - W_dequantized| / |W|, Frobenius norms. output_sqnr: 10 log10(|y|^2 / |y - y_q|^2) in dB
     on a sample of calibration tokens, activation quantization included; None without data, or where the
     output overflows. tokens: how many calibration tokens the layer saw. seconds: time to quantize it.
-    details: what layer_details() recorded, where that was asked for.
+    rank: of the low-rank branch or of the factors, if there are any. smooth_alpha: the share of the outliers of
+    activations that was moved into the weight. details: what layer_details() recorded, where that was asked for.
     """
 
     name: str
@@ -41,6 +42,8 @@ class LayerReport:
     bytes_after: int
     tokens: int
     seconds: float
+    rank: int | None = None
+    smooth_alpha: float | None = None
     details: dict[str, Any] | None = None
 
 
@@ -144,6 +147,8 @@ def measure(
         bytes_after=storage_bytes(layer),
         tokens=0 if stats is None else stats.tokens,
         seconds=seconds,
+        rank=rank_of(layer) or None,
+        smooth_alpha=getattr(layer, "chosen_alpha", None),
         details=layer_details(weight, layer, stats) if details else None,
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qgraft.layers import Stats
-from qgraft.layers.algorithms.gptq import GPTQError, gptq_int4
+from qgraft.layers.algorithms.gptq import DAMPING, GPTQError, gptq_int4
 from qgraft.layers.algorithms.lowrank import low_rank, randomized_svd
 from qgraft.layers.algorithms.rounding import (
     quantize_rows_int8,
@@ -14,7 +14,7 @@ from qgraft.layers.algorithms.rounding import (
     search_group_steps,
     two_level_scales,
 )
-from qgraft.layers.algorithms.smoothing import smooth_by_activations, smooth_by_weights
+from qgraft.layers.algorithms.smoothing import search_alpha, smooth_by_activations, smooth_by_weights
 
 
 def spectrum_matrix(n: int, k: int, decay: float) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_gptq_equals_the_textbook_column_loop():
         steps = search_group_steps(weight, 64).double()
         fast = gptq_int4(weight.float(), steps.float(), moment.float(), 64)
         order = torch.argsort(moment.float().diagonal(), descending=True)
-        damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(k)
+        damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(k)
         inverse = torch.linalg.inv(damped[order][:, order])
         todo, codes = weight[:, order].clone(), torch.empty(n, k)
         for j in range(k):
@@ -168,3 +168,15 @@ def test_stats_are_those_of_all_tokens():
     assert all((row == tokens).all(1).any() for row in stats.sample)
     with pytest.raises(ValueError, match="NaN"):
         stats.update(torch.full((2, 24), float("inf")))
+
+
+def test_the_search_for_alpha_finds_the_least_error_on_a_grid_of_twentieths():
+    for best in (0.0, 0.3, 0.45, 0.95, 1.0):
+        asked = []
+
+        def error(alpha, best=best, asked=asked):
+            asked.append(alpha)
+            return abs(alpha - best)
+
+        assert search_alpha(error) == best
+        assert len(asked) <= 13

@@ -14,6 +14,7 @@ from qgraft.layers import (
     FactorizedLinear,
     FactorizedW8Linear,
     QuantLinear,
+    Stats,
     SVDQW4A4Linear,
     SVDQW4A8Linear,
     W4A16Linear,
@@ -347,6 +348,43 @@ def test_w4a4_codes_and_scales_stay_in_their_ranges(options):
         assert folded.min() >= -128 and folded.max() <= 127
 
 
+@pytest.mark.parametrize("cls", [SVDQW4A4Linear, SVDQW4A8Linear])
+def test_the_searched_alpha_is_no_worse_than_any_fixed_one(cls):
+    k, n = 256, 96
+    outliers = torch.ones(k)
+    outliers[torch.randperm(k)[:5]] = 60.0
+    linear, x = nn.Linear(k, n), torch.randn(600, k) * outliers
+    stats = Stats(cls.needs)
+    stats.update(x)
+    options = dict(stats=stats, rounding="rtn", rank=4)
+    y = linear(stats.sample)
+
+    def error(layer):
+        return (layer(stats.sample) - y).norm().item()
+
+    searched = cls.from_linear(linear, **options)
+    assert 0 <= searched.chosen_alpha <= 1
+    fixed = {
+        alpha: error(cls.from_linear(linear, smooth_alpha=alpha, **options)) for alpha in (0.0, 0.3, 0.5, 0.7, 1.0)
+    }
+    assert error(searched) <= 1.001 * min(fixed.values()) < 0.9 * max(fixed.values())
+
+
+def test_what_each_ingredient_is_worth():
+    k, n = 256, 128
+    outliers = torch.ones(k)
+    outliers[torch.randperm(k)[:5]] = 60.0
+    linear, x = nn.Linear(k, n), torch.randn(600, k) * outliers
+    linear.weight.data += torch.randn(n, 3) @ torch.randn(3, k) * 0.2
+    stats = Stats(SVDQW4A4Linear.needs)
+    stats.update(x)
+    worth = SVDQW4A4Linear.from_linear(linear, stats=stats, rank=8).ingredients(linear.weight.detach(), stats)
+    assert set(worth) == {"smoothing", "rotation", "branch", "gptq"}
+    assert worth["smoothing"] > 1 and worth["branch"] > 1  # outliers in x and three strong directions in the weight
+    plain = SVDQW4A4Linear.from_linear(linear, stats=stats, rank=0, rotate=False)
+    assert set(plain.ingredients(linear.weight.detach(), stats)) == {"smoothing", "gptq"}
+
+
 def test_w4a4_error_falls_with_each_ingredient_on_planted_outliers():
     k, n = 512, 384
     linear = nn.Linear(k, n, bias=False)
@@ -359,7 +397,8 @@ def test_w4a4_error_falls_with_each_ingredient_on_planted_outliers():
     exact = test @ linear.weight.t()
 
     def error(**options):
-        layer = SVDQW4A4Linear.from_linear(linear, calibration=train, rounding="rtn", **options)
+        options = dict(smooth_alpha=0.5, rounding="rtn") | options  # a searched alpha makes up for the rotation here
+        layer = SVDQW4A4Linear.from_linear(linear, calibration=train, **options)
         return relative(layer(test), exact)
 
     naive = error(rank=0, smooth="none", rotate=False)

@@ -10,7 +10,8 @@ from torch import Tensor
 from .rounding import round_int4
 
 BLOCK = 128
-DAMPING = 0.01
+# Share of the mean of the diagonal. 0.01, as in the paper, is 0.08 dB worse on tokens that were not in the data.
+DAMPING = 0.03
 # A second moment of few tokens is singular; damping grows until the Cholesky factorization succeeds.
 DAMPING_TRIES = 8
 

@@ -2,8 +2,12 @@
 
     x W^T = (x / s) (W diag(s))^T        s (K,) float32, positive
 
-After SmoothQuant (Xiao et al., arXiv 2211.10438) and SVDQuant (Li et al., arXiv 2411.05007).
+After SmoothQuant (Xiao et al., arXiv 2211.10438) and SVDQuant (Li et al., arXiv 2411.05007). How much should move
+differs from layer to layer, so it is searched, as AWQ does (Lin et al., arXiv 2306.00978), for the least error of the
+layer's output.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +16,19 @@ from torch import Tensor
 def smooth_by_activations(weight: Tensor, act_absmax: Tensor, alpha: float) -> Tensor:
     """s = absmax(x)^alpha / absmax(W)^(1 - alpha), per input channel. weight (N, K), act_absmax (K,) -> (K,)."""
     return _normalized(act_absmax.float() ** alpha / _column_absmax(weight) ** (1 - alpha))
+
+
+def search_alpha(error: Callable[[float], float]) -> float:
+    """The share in 0, 0.05, ..., 1 with the least error, found among every second one and then beside the best.
+
+    error: of the layer's output when this share of the outliers is moved; called 13 times at most.
+    """
+    errors = {tenth / 10: error(tenth / 10) for tenth in range(11)}
+    best = min(errors, key=errors.__getitem__)
+    for beside in (round(best - 0.05, 2), round(best + 0.05, 2)):
+        if 0 <= beside <= 1:
+            errors[beside] = error(beside)
+    return min(errors, key=errors.__getitem__)
 
 
 def smooth_by_weights(weight: Tensor, alpha: float) -> Tensor:
