@@ -23,7 +23,7 @@ def require_int32_sums(features: int, product: int, op: str = "") -> None:
 
 
 def require_whole_groups(op: str, features: int, padded: int, group_size: int) -> None:
-    """ValueError unless `padded` features are whole groups that hold `features`; group_size 0: no groups, no padding."""
+    """ValueError unless `padded` features are whole groups that hold `features`; group_size 0: neither is wanted."""
     if padded < features or (padded % group_size if group_size else padded != features):
         whole = f"a multiple of {group_size} and at least {features}" if group_size else str(features)
         raise ValueError(f"{op}: padded must be {whole}, got {padded}")

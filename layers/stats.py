@@ -25,6 +25,7 @@ class Stats:
     range: tuple[float, float] | None = None
     sample: Tensor | None = None
     _moment_sum: Tensor | None = field(default=None, repr=False)
+    _cross_sum: Tensor | None = field(default=None, repr=False)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -48,6 +49,18 @@ class Stats:
             self.range = min(was_low, low), max(was_high, high)
         self._keep_some(x)
 
+    @torch.no_grad()
+    def update_cross(self, exact: Tensor, x: Tensor) -> None:
+        """Take in activations x (*, K), after `update`, beside those that the float model has in their place."""
+        exact, x = (t.detach().reshape(-1, t.shape[-1]).float() for t in (exact, x))
+        if self._cross_sum is None:
+            self._cross_sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self._cross_sum.addmm_(exact.t(), x)
+
+    def drop_cross(self) -> None:
+        """Forget what `update_cross` took in."""
+        self._cross_sum = None
+
     def _keep_some(self, x: Tensor) -> None:
         have = 0 if self.sample is None else self.sample.shape[0]
         want = min(SAMPLE_TOKENS - have, SAMPLE_TOKENS_PER_BATCH, x.shape[0])
@@ -55,6 +68,11 @@ class Stats:
             # Evenly spread over the batch: neighbouring tokens are alike.
             rows = x[torch.linspace(0, x.shape[0] - 1, want, device=x.device).long()]
             self.sample = rows.clone() if self.sample is None else torch.cat((self.sample, rows))
+
+    @property
+    def cross_moment(self) -> Tensor | None:
+        """(K, K) float32: the mean of exact^T x; None unless sequential calibration has both."""
+        return None if self._cross_sum is None else self._cross_sum / self.tokens
 
     @property
     def second_moment(self) -> Tensor | None:

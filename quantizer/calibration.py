@@ -4,8 +4,9 @@ Layers that read the same tensor (q, k and v; gate and up) share one set of stat
 which tensors they get, not by their names.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,47 +19,86 @@ from .errors import CalibrationError
 from .kinds import inputs_of
 
 Batch = Any  # a tensor, a mapping of keyword arguments, or a tuple of positional ones
-Runner = Callable[[nn.Module], None]
+# The attention_mask of the batch that runs, (B, T), if it has one: what the model ignores must not count.
+_mask: ContextVar[Tensor | None] = ContextVar("mask", default=None)
 
 
-class _NotShared(Exception):
+class Pass(Exception):
+    """Raised by a hook to end a run of the model; no failure of the model."""
+
+
+class Stop(Pass):
+    """Everything wanted from this run of the model has been seen."""
+
+
+class _NotShared(Pass):
     """A layer that shares statistics got something else than the layer it shares them with."""
 
 
-def make_runner(data: Any, spec: CalibrationSpec, tokenizer: Any = None, progress: bool = True) -> Runner:
-    """A function that runs the calibration data through a model.
+def make_runner(data: Any, spec: CalibrationSpec, tokenizer: Any = None, progress: bool = True) -> "Runner":
+    """What runs the calibration data through a model.
 
     data: a tensor or mapping (one batch); an iterable of tensors, mappings, tuples or texts, such as a
     DataLoader or a list; or a function that takes the model and runs it, several times if the statistics take
     several passes. Texts need a `tokenizer`. At most `spec.samples` sequences (of the first dimension) are
-    used, texts cut at `spec.tokens`; a batch whose tensors disagree in that dimension is used whole.
+    used, texts cut at `spec.tokens`; a batch whose tensors disagree in that dimension is used whole. Tokens that
+    a mapping's `attention_mask` (B, T) leaves out do not count.
     """
     if callable(data) and not isinstance(data, (Tensor, Mapping)) and not hasattr(data, "__iter__"):
-
-        def run_function(model: nn.Module) -> None:
-            with _in_words("the calibration function failed"):
-                data(model)
-
-        return run_function
+        return Runner(function=data)
     batches = _take(_as_batches(data, spec, tokenizer), spec.samples)
     if not batches:
         raise CalibrationError("the calibration data is empty")
+    return Runner(batches, progress=progress)
 
-    def run(model: nn.Module) -> None:
+
+class Runner:
+    """Runs calibration data through a model: all of it by a call, or batch after batch if it comes in batches."""
+
+    def __init__(
+        self,
+        batches: Sequence[Batch] = (),
+        function: Callable[[nn.Module], Any] | None = None,
+        progress: bool = True,
+    ):
+        self.batches, self.function, self.progress = batches, function, progress
+
+    def __call__(self, model: nn.Module) -> None:
+        if self.function is not None:
+            with _in_words("the calibration function failed"):
+                self.function(model)
+        for index in tqdm(range(len(self.batches)), "calibrate", disable=None if self.progress else True, leave=False):
+            self.run(model, index)
+
+    def run(self, model: nn.Module, index: int) -> None:
+        """One batch."""
         device = next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        bar = tqdm(batches, "calibrate", disable=None if progress else True, leave=False)
-        for index, batch in enumerate(bar):
-            with _in_words(f"the model failed on calibration batch {index} ({_describe(batch)})"):
-                _call(model, _map(batch, lambda t: t.to(device)))
+        what = f"the model failed on calibration batch {index} ({_describe(self.batches[index])})"
+        try:
+            with _in_words(what), self.padding(index):
+                _call(model, _map(self.batches[index], lambda t: t.to(device)))
+        except CalibrationError as error:
+            if str(error).startswith(what):
+                raise
+            raise CalibrationError(f"{error} (calibration batch {index})") from error.__cause__  # a layer's complaint
 
-    return run
+    @contextmanager
+    def padding(self, index: int) -> Iterator[None]:
+        """While it lasts, `without_padding` leaves out what the attention_mask of this batch does."""
+        batch = self.batches[index]
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        token = _mask.set(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+        try:
+            yield
+        finally:
+            _mask.reset(token)
 
 
 @contextmanager
 def _in_words(what: str) -> Iterator[None]:
     try:
         yield
-    except (_NotShared, CalibrationError):
+    except (Pass, CalibrationError):
         raise
     except Exception as error:
         raise CalibrationError(f"{what}: {type(error).__name__}: {error}") from error
@@ -71,14 +111,21 @@ def collect(
 
     Layers that no data reached are not in the result. The model runs in eval mode, and gets its flags back.
     """
+    with observed(model):
+        stats = _collect(model, layers, needs, run, share=True)
+        return _collect(model, layers, needs, run, share=False) if stats is None else stats
+
+
+@contextmanager
+def observed(model: nn.Module) -> Iterator[None]:
+    """The model as its layers are watched: in eval mode, without gradients and fused paths; its flags come back."""
     training = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)  # it calls no layer, so there would be nothing to see
     try:
         with torch.no_grad():
-            stats = _collect(model, layers, needs, run, share=True)
-            return _collect(model, layers, needs, run, share=False) if stats is None else stats
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, flag in training.items():
@@ -127,7 +174,7 @@ class _Watch:
             leader = self.last[0] if same else None
             if not self._follows(name, leader):
                 try:
-                    self.stats.setdefault(name, Stats(self.needs[name])).update(x)
+                    self.stats.setdefault(name, Stats(self.needs[name])).update(without_padding(x))
                 except ValueError as error:
                     raise CalibrationError(f"layer '{name or '(the model)'}': {error}") from None
                 if not same:
@@ -155,6 +202,12 @@ class _Watch:
         if self.differs or any(self.calls[n] != self.calls[leader] for n, leader in self.leader_of.items()):
             return None
         return {name: s for name, s in self.stats.items() if s.tokens}
+
+
+def without_padding(x: Tensor) -> Tensor:
+    """The tokens of x (B, T, K) that the batch's attention_mask (B, T) keeps; x itself where the shapes do not tell."""
+    mask = _mask.get()
+    return x if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device).bool()]
 
 
 def _is_same(a: Tensor, b: Tensor, version: int | None) -> bool:

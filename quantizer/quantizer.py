@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..layers import QuantLayer, QuantLinear, Stats, Unsuitable, tie
+from ..layers.algorithms.compensation import compensate
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
 from .errors import CalibrationError, PlanError, QuantizeError, some
@@ -22,6 +23,7 @@ from .kinds import as_linear, empty, quantized, shape_of
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure
 from .rules import ALL
+from .sequential import Sequence, find_chain
 from .surgery import find_sites, replace, split_experts
 
 # Second moments of the layers calibrated in one pass over the data; more layers take more passes.
@@ -73,8 +75,9 @@ class Quantizer:
         longer by a second for a large one.
 
         Memory: each float weight is released as its layer is replaced, so the peak stays under the model and
-        one layer's working set, plus up to 1 GiB of statistics if there is calibration data, and a copy of the
-        experts of one fused module while they are split.
+        one layer's working set, plus up to 1 GiB of statistics if there is calibration data, the activations of
+        one block where calibration is sequential, and a copy of the experts of one fused module while they are
+        split.
         Interrupted or failed, every layer is either the original or finished; calling again goes on from
         there. Raises RecipeError and PlanError before anything is touched, CalibrationError if the data does
         not run, and QuantizeError if a layer fails. A layer that its options make no smaller stays as it is,
@@ -98,8 +101,7 @@ class Quantizer:
             heads.setdefault(planned.codes_of, []).append(planned)
         todo = tuple(heads.pop("", ()))  # a head that shares an embedding's codes is quantized together with it
         with tqdm(total=len(todo), desc="quantize", disable=None if progress else True) as bar:
-            for wave in _waves(todo, calibrated=run is not None):
-                stats = self._collect(wave, run)
+            for wave, stats in self._stages(todo, run, plan.recipe.calibration.sequential):
                 for planned in wave:
                     bar.set_postfix_str(planned.name, refresh=True)
                     try:
@@ -117,12 +119,38 @@ class Quantizer:
             warnings.warn("these layers stay as they are:\n" + some(left, "\n", show=10), stacklevel=2)
         return self.model
 
+    def _stages(
+        self, todo: tuple[PlannedLayer, ...], run: calibrate.Runner | None, sequential: bool
+    ) -> Iterator[tuple[list[PlannedLayer], dict[str, Stats]]]:
+        """Layers that are quantized together, and the statistics of their inputs."""
+        chain = None
+        by_name = {planned.name: planned for planned in todo}
+        # An embedding gets ids, no activations.
+        needs = {p.name: ALL[p.scheme_name].needs for p in todo if issubclass(ALL[p.scheme_name], QuantLinear)}
+        if run is not None and sequential and any(needs.values()):
+            chain = find_chain(self.model, {name for name, needed in needs.items() if needed}, run)
+        inside: set[str] = set()
+        if chain is not None:  # whose float activations it has kept, before anything is quantized
+            sequence = Sequence(chain, lambda: self.model, needs, run)
+            inside = sequence.layers
+        for wave in _waves(tuple(p for p in todo if p.name not in inside), calibrated=run is not None):
+            yield wave, self._collect(wave, run)
+        if chain is not None:
+            for names, stats in sequence.stages(changed=len(inside) < len(todo)):
+                wave = [by_name[name] for name in names]
+                self._check_reached(wave, stats)
+                yield wave, stats
+
     def _collect(self, wave: list[PlannedLayer], run: calibrate.Runner | None) -> dict[str, Stats]:
-        if run is None:
+        wave = [p for p in wave if issubclass(ALL[p.scheme_name], QuantLinear)]
+        if run is None or not wave:
             return {}
-        wave = [p for p in wave if issubclass(ALL[p.scheme_name], QuantLinear)]  # an embedding gets ids, no activations
         wanted = {p.name: ALL[p.scheme_name].needs for p in wave}
         stats = calibrate.collect(self.model, {n: self.model.get_submodule(n) for n in wanted}, wanted, run)
+        self._check_reached(wave, stats)
+        return stats
+
+    def _check_reached(self, wave: list[PlannedLayer], stats: dict[str, Stats]) -> None:
         missed = [planned for planned in wave if planned.name not in stats]
         for planned in missed:
             if complaint := planned.scheme.needs_data():
@@ -135,14 +163,13 @@ class Quantizer:
                 f"the calibration data did not reach {names} ({len(missed)} in all): quantized from the weights alone",
                 stacklevel=3,
             )
-        return stats
 
     def _graft(
         self, planned: PlannedLayer, stats: Stats | None, heads: list[PlannedLayer], details: bool = False
     ) -> None:
         """heads: what is tied to this embedding, and shares its codes."""
         start = time.perf_counter()
-        module = self.model.get_submodule(planned.name)
+        module = _compensated(self.model.get_submodule(planned.name), stats)
         layer = quantized(module, ALL[planned.scheme_name], planned.scheme, stats)
         seconds = time.perf_counter() - start
         layer.report = measure(planned.name, as_linear(module), layer, stats, planned.bytes_before, seconds, details)
@@ -166,6 +193,18 @@ class Quantizer:
             seconds=0.0,
         )
         return head
+
+
+def _compensated(module: nn.Module, stats: Stats | None) -> nn.Module:
+    """The module, or a linear layer in its place that makes up for what the layers before it lost."""
+    if stats is None or stats.cross_moment is None:
+        return module
+    linear = as_linear(module)
+    weight = compensate(linear.weight.detach(), stats.second_moment, stats.cross_moment).to(linear.weight.dtype)
+    other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    other.weight = nn.Parameter(weight, requires_grad=False)
+    other.bias = linear.bias
+    return other.train(module.training)
 
 
 def _waves(todo: tuple[PlannedLayer, ...], calibrated: bool) -> Iterator[list[PlannedLayer]]:

@@ -156,10 +156,14 @@ class Rule(_Frozen):
 
 
 class CalibrationSpec(_Frozen):
-    """How much data the schemes that calibrate see: ``samples`` sequences of at most ``tokens`` tokens."""
+    """How much data the schemes that calibrate see: ``samples`` sequences of at most ``tokens`` tokens.
+
+    ``sequential``: each layer is calibrated with what the layers before it, quantized already, make of the data.
+    """
 
     samples: Count = 128
     tokens: Count = 512
+    sequential: StrictBool = True
 
 
 class Recipe(_Frozen):

@@ -293,3 +293,37 @@ def test_a_singular_second_moment_is_no_failure():
     except QuantizeError as error:
         pytest.fail(str(error))
     assert Stats().second_moment is None
+
+
+class Masked(nn.Module):
+    """As a language model takes its batches: padded, with a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, attention_mask):
+        return self.linear(x) * attention_mask[..., None]
+
+
+def test_padding_does_not_count():
+    x, mask = torch.randn(3, 7, WIDTH), torch.ones(3, 7, dtype=torch.long)
+    mask[0, 4:] = mask[2, :5] = 0
+    x[mask == 0] = 1e4  # what a model makes of padding may be anything, NaN too
+    x[0, 6, 0] = torch.nan
+    model = Masked()
+    quantizer = Quantizer(model)
+    quantizer.quantize(recipe(), calibration=[{"x": x, "attention_mask": mask}], progress=False)
+    assert quantizer.report.layers[0].tokens == mask.sum() == 13
+    assert quantizer.report.layers[0].output_sqnr > 10
+
+
+def test_a_mask_of_another_shape_is_left_alone():
+    class Pooled(Masked):
+        def forward(self, x, attention_mask):
+            return self.linear(x.mean(1))
+
+    quantizer = Quantizer(Pooled())
+    batch = {"x": torch.randn(3, 7, WIDTH), "attention_mask": torch.ones(3, 7)}
+    quantizer.quantize(recipe(), calibration=[batch], progress=False)
+    assert quantizer.report.layers[0].tokens == 3

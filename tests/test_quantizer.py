@@ -19,7 +19,9 @@ from qgraft.recipes import RecipeError
 RECIPES = {
     "w8a32": Recipe.from_dict({"scheme": "w8a32", "min_features": 1}),
     "w8a16": Recipe.from_dict({"scheme": "w8a16", "min_features": 1}),
-    "svd": Recipe.from_dict({"scheme": {"name": "w4a4_svd", "rank": 4, "group_size": 16}, "min_features": 1}),
+    "svd": Recipe.from_dict(
+        {"scheme": {"name": "w4a4_svd", "rank": 4, "group_size": 16, "smooth_alpha": 0.5}, "min_features": 1}
+    ),
 }
 
 
