@@ -27,10 +27,13 @@ NOT_FOR_THESE = ("bitnet",)
 # Each takes one ingredient away, or gives more of one.
 ABLATIONS = (
     *(f"w4a4_svd {option}" for option in (
-        "rotate=false", "smooth=none", "rounding=rtn", "rank=0", "rank=64", "scales=group", "svd=exact",
-        "rotate=false smooth=none rounding=rtn rank=0")),
-    *(f"w4a8_svd {option}" for option in ("rotate=false", "smooth=none", "rounding=rtn", "rank=0", "rank=64")),
-    *(f"w4a16 {option}" for option in ("rotate=false", "rounding=rtn", "rank=32", "rotate=false rounding=rtn")),
+        "sequential=false", "rotate=false", "smooth=none", "smooth_alpha=0.5", "rounding=rtn", "rank=0", "rank=64",
+        "scales=group", "svd=exact", "rotate=false smooth=none rounding=rtn rank=0 sequential=false")),
+    *(f"w4a8_svd {option}" for option in (
+        "sequential=false", "rotate=false", "smooth=none", "rounding=rtn", "rank=0", "rank=64")),
+    *(f"w4a16 {option}" for option in (
+        "sequential=false", "rotate=false", "rounding=rtn", "rank=32", "rotate=false rounding=rtn sequential=false")),
+    "w8a8 rotate=false smooth=none", "w8a8 smooth=none",
 )  # fmt: skip
 
 
@@ -132,19 +135,21 @@ class _Cast(nn.Module):
 
 
 def recipe(text: str) -> Recipe:
-    """The recipe that "NAME option=value ..." means; the options replace those of the recipe's scheme."""
+    """The recipe that "NAME option=value ..." means; the options replace those of the recipe's scheme, and
+    sequential=false that of its calibration."""
     name, *options = text.split()
     found = load_recipe(name)
     if not options:
         return found
-    changes = {}
+    changes, calibration = {}, found.calibration.model_dump()
     for option in options:
         key, equals, value = option.partition("=")
         if not key or not equals or found.scheme is None:
             raise RecipeError(f"'{text}': options are written key=value, behind a recipe that has a scheme")
-        changes[key] = yaml.safe_load(value)
+        (calibration if key == "sequential" else changes)[key] = yaml.safe_load(value)
     scheme = {"name": found.scheme.name, **found.scheme.options, **changes}
-    return Recipe.from_dict({**found.to_dict(), "name": text, "scheme": scheme}, source=f"'{text}'")
+    changed = {"name": text, "scheme": scheme, "calibration": calibration}
+    return Recipe.from_dict({**found.to_dict(), **changed}, source=f"'{text}'")
 
 
 def _schemes(recipe: Recipe) -> set[str]:

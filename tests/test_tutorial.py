@@ -9,7 +9,7 @@ import pytest
 import qgraft
 
 DOCS = Path(qgraft.__file__).parent / "docs"
-OWN = ["why-quantize", "numbers", "your-own-layer", "first-triton-kernel", "debugging-w4a4"]
+OWN = ["why-quantize", "numbers", "your-own-layer", "first-triton-kernel", "debugging-w4a4", "18-calibration"]
 CHAPTERS = [*sorted(DOCS.glob("0[1-9]-*.md")), *sorted(DOCS.glob("1[0-3]-*.md")), *(DOCS / f"{n}.md" for n in OWN)]
 PARTS = {
     "a quotation of the code": r"^```(python|cpp) file=",
