@@ -17,13 +17,14 @@ from ..layers import QuantLayer, QuantLinear, Stats, Unsuitable, tie
 from ..layers.algorithms.compensation import compensate
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
+from .chain import find_chain
 from .errors import CalibrationError, PlanError, QuantizeError, some
 from .interop.clients import attach
 from .kinds import as_linear, empty, quantized, shape_of
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure
 from .rules import ALL
-from .sequential import Sequence, find_chain
+from .sequential import Sequence
 from .surgery import find_sites, replace, split_experts
 
 # Second moments of the layers calibrated in one pass over the data; more layers take more passes.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from qgraft import Quantizer, Recipe
 from qgraft.layers.algorithms.compensation import compensate
 from qgraft.quantizer import CalibrationError, calibration
-from qgraft.quantizer.sequential import find_chain
+from qgraft.quantizer.chain import find_chain
 from qgraft.recipes import CalibrationSpec
 
 WIDTH = 32
