@@ -258,7 +258,7 @@ def svdq_steps() -> Figure:
     errors = {}
     with torch.no_grad():
         for name, options in steps.items():
-            layer = SVDQW4A4Linear.from_linear(linear, calibration=train, rounding="rtn", **options)
+            layer = SVDQW4A4Linear.from_linear(linear, calibration=train, rounding="rtn", smooth_alpha=0.5, **options)
             errors[name] = 100 * relative(layer(test), exact)
     drawn, ax = panels(1, 2.4)
     bars = ax.barh(list(errors), list(errors.values()), color=[GRAY, BLUE, BLUE, GREEN])
