@@ -25,16 +25,17 @@ DIGITS = 5
 def layer_details(weight: Tensor, layer: QuantLayer, stats: Stats | None) -> dict[str, Any]:
     """Plain data for one layer; weight (N, K) float, stats of its inputs if there are any.
 
-    {"weight": histograms, "input": histograms or None, "spectrum": singular values or None, "won": what each
-    ingredient of the method is worth here, or None}
+    {"weight": histograms, "input": histograms or None, "spectrum": singular values or None}
     """
     sample = None if stats is None else stats.sample
-    won = layer.ingredients(weight, stats) if stats is not None and isinstance(layer, SVDQW4A4Linear) else None
-    return {
-        **weight_details(weight, layer),
-        "input": None if sample is None else _input(layer, sample),
-        "won": None if won is None else {name: _short(decibels) for name, decibels in won.items()},
-    }
+    return {**weight_details(weight, layer), "input": None if sample is None else _input(layer, sample)}
+
+
+def won(weight: Tensor, layer: QuantLayer, stats: Stats | None) -> dict[str, float] | None:
+    """What each ingredient of the layer's method is worth, in dB of its output's error; None if there is no data."""
+    if stats is None or not isinstance(layer, SVDQW4A4Linear):
+        return None
+    return {name: _short(decibels) for name, decibels in layer.ingredients(weight, stats).items()}
 
 
 @torch.no_grad()

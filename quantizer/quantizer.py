@@ -170,7 +170,9 @@ class Quantizer:
     ) -> None:
         """heads: what is tied to this embedding, and shares its codes."""
         start = time.perf_counter()
-        module = _compensated(self.model.get_submodule(planned.name), stats)
+        module = _compensated(
+            self.model.get_submodule(planned.name), stats, ALL[planned.scheme_name].compensation_damping
+        )
         layer = quantized(module, ALL[planned.scheme_name], planned.scheme, stats)
         seconds = time.perf_counter() - start
         layer.report = measure(planned.name, as_linear(module), layer, stats, planned.bytes_before, seconds, details)
@@ -196,14 +198,14 @@ class Quantizer:
         return head
 
 
-def _compensated(module: nn.Module, stats: Stats | None) -> nn.Module:
+def _compensated(module: nn.Module, stats: Stats | None, damping: float) -> nn.Module:
     """The module, or a linear layer in its place that makes up for what the layers before it lost."""
     if stats is None or stats.cross_moment is None:
         return module
     linear = as_linear(module)
-    weight = compensate(linear.weight.detach(), stats.second_moment, stats.cross_moment).to(linear.weight.dtype)
+    weight = compensate(linear.weight.detach(), stats.second_moment, stats.cross_moment, damping)
     other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    other.weight = nn.Parameter(weight, requires_grad=False)
+    other.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
     other.bias = linear.bias
     return other.train(module.training)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..layers import QuantLayer, Stats, storage_bytes
 from . import tables
-from .details import layer_details, rank_of
+from .details import layer_details, rank_of, won
 from .kinds import shape_of
 
 # A norm below this counts as zero in a ratio.
@@ -29,7 +29,8 @@ class LayerReport:
     on a sample of calibration tokens, activation quantization included; None without data, or where the
     output overflows. tokens: how many calibration tokens the layer saw. seconds: time to quantize it.
     rank: of the low-rank branch or of the factors, if there are any. smooth_alpha: the share of the outliers of
-    activations that was moved into the weight. details: what layer_details() recorded, where that was asked for.
+    activations that was moved into the weight. won: what each ingredient is worth, in dB of the output's error, and
+    details: what layer_details() recorded, both where that was asked for.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerReport:
     seconds: float
     rank: int | None = None
     smooth_alpha: float | None = None
+    won: dict[str, float] | None = None
     details: dict[str, Any] | None = None
 
 
@@ -149,6 +151,7 @@ def measure(
         seconds=seconds,
         rank=rank_of(layer) or None,
         smooth_alpha=getattr(layer, "chosen_alpha", None),
+        won=won(weight, layer, stats) if details else None,
         details=layer_details(weight, layer, stats) if details else None,
     )
 

@@ -156,7 +156,8 @@ def test_no_folder_an_empty_one_and_a_file_are_no_checkpoints(tmp_path):
         ("null", "no JSON object"),
         ("{}", "no quantization_config of ours"),
         ('{"quantization_config": []}', "no quantization_config of ours"),
-        ('{"quantization_config": {"quant_method": "gptq"}}', "no quantization_config of ours"),
+        ('{"quantization_config": {"quant_method": "hqq"}}', "no quantization_config of ours"),
+        ('{"quantization_config": {"quant_method": "gptq"}}', "bits: None; 2, 4, 8 can be read"),
     ],
 )
 def test_a_config_that_is_none_is_named(one, text, words):

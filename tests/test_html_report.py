@@ -193,9 +193,9 @@ def test_fields_that_are_not_known_are_shown_and_what_is_not_finite_is_null():
 
 def test_fields_that_a_later_version_wrote_are_read(folders, tmp_path):
     report = json.loads((folders[0] / "report.json").read_text())
-    report["layers"][0]["smooth_alpha"] = 0.25
+    report["layers"][0]["kurtosis"] = 0.25
     (tmp_path / "r.json").write_text(json.dumps(report))
-    assert data.read(tmp_path / "r.json").extra == ["smooth_alpha"]
+    assert data.read(tmp_path / "r.json").extra == ["rank", "kurtosis"]
 
 
 def test_the_advice_stands_on_the_page_with_the_worst_layer_first():

@@ -12,12 +12,11 @@ which put the same least squares problem inside GPTQ's loop; solved before it, i
 import torch
 from torch import Tensor
 
-# Share of the mean of the diagonal that holds W* to W in directions of which the data says little.
-DAMPING = 0.1
 
-
-def compensate(weight: Tensor, second_moment: Tensor, cross_moment: Tensor, damping: float = DAMPING) -> Tensor:
+def compensate(weight: Tensor, second_moment: Tensor, cross_moment: Tensor, damping: float) -> Tensor:
     """weight (N, K) float -> W* (N, K) float32. second_moment H and cross_moment C (K, K) float32.
+
+    damping: share of the mean of H's diagonal that holds W* to W in directions of which the data says little.
 
     Equal moments give the weight back as it is, and so does data that is all zero or too large for float32.
     """

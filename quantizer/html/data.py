@@ -21,8 +21,8 @@ from .advice import Advice, advise, notes_on
 
 Row = dict[str, Any]
 
-# The fields of a row that have their place on the page.
-KNOWN = frozenset(f.name for f in fields(LayerReport)) | {"options"}
+# The fields of a row that have their place on the page; others are shown as they are.
+KNOWN = frozenset(f.name for f in fields(LayerReport)) - {"rank", "smooth_alpha", "won"} | {"options"}
 ROOT, FLOAT = "(the model)", "float"
 
 

@@ -80,7 +80,7 @@ def _data(reports: list[Shown]) -> dict[str, Any]:
 def _row(shown: Shown, index: int) -> Row:
     row = shown.rows[index]
     known = {key: value for key, value in row.items() if key in KNOWN}
-    extra = {key: value for key, value in row.items() if key not in KNOWN}
+    extra = {key: value for key, value in row.items() if key not in KNOWN and value is not None}
     return {**known, "extra": extra, "advice": [vars(item) for item in shown.advice[index]]}
 
 
