@@ -195,7 +195,7 @@ def test_fields_that_a_later_version_wrote_are_read(folders, tmp_path):
     report = json.loads((folders[0] / "report.json").read_text())
     report["layers"][0]["kurtosis"] = 0.25
     (tmp_path / "r.json").write_text(json.dumps(report))
-    assert data.read(tmp_path / "r.json").extra == ["rank", "kurtosis"]
+    assert data.read(tmp_path / "r.json").extra == ["rank", "smooth_alpha", "kurtosis"]
 
 
 def test_the_advice_stands_on_the_page_with_the_worst_layer_first():
