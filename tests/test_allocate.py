@@ -390,3 +390,24 @@ def test_schemes_that_need_other_statistics_compete(data):
     found = allocate(model, "999 bits", names, calibration=data, progress=False)
     assert {c.candidate for c in found.choices} == {"w8a32"}
     assert qgraft.Allocation is type(found)
+
+
+def test_a_weight_of_low_rank_is_given_to_two_factors():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return x
+
+    net = Net()
+    thin = torch.randn(128, 6) @ torch.randn(6, 128) / 12
+    net.layers[1].weight.data = thin + 1e-3 * torch.randn(128, 128)
+    data = [torch.randn(32, 128) for _ in range(8)]
+    found = qgraft.allocate(net, "4.6 bits", ["w4a16", "w8a16", "factorized_w8"], ranks=[8, 16], calibration=data)
+    chosen = {pattern: rule.scheme.name for rule in found.recipe.rules for pattern in rule.match if rule.scheme}
+    assert chosen["layers.1"] == "factorized_w8"
+    assert {chosen[f"layers.{i}"] for i in (0, 2, 3)} <= {"w4a16", "w8a16"}
