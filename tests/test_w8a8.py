@@ -60,7 +60,7 @@ def test_it_equals_its_own_formula_in_float64(cls, zero_point, dtype):
 
 @pytest.mark.parametrize("cls", [W8A8Linear, W8A8StaticLinear])
 @pytest.mark.parametrize("rotate, smooth", [(True, "none"), (True, "auto"), (False, "activations")])
-def test_rotation_and_smoothing_keep_the_formula_and_tame_outliers(cls, rotate, smooth):
+def test_rotation_and_smoothing_keep_the_formula(cls, rotate, smooth):
     for k, n, m in ((77, 45, 1), (320, 130, 33)):
         linear = nn.Linear(k, n)
         outliers = torch.ones(k)
@@ -69,13 +69,22 @@ def test_rotation_and_smoothing_keep_the_formula_and_tame_outliers(cls, rotate, 
         layer = cls.from_linear(linear, calibration=calibration, rotate=rotate, smooth=smooth)
         exact = formula_in_float64(layer, x)
         assert ((layer(x).double() - exact).norm(dim=1) / exact.norm(dim=1)).median() < 1e-5
-        plain = cls.from_linear(linear, calibration=calibration)
-        # One channel in 37 sets the step of all others, unless it is spread over its group or moved into the weights.
-        assert relative(layer(x), linear(x)) < 0.7 * relative(plain(x), linear(x))
         # What gradients flow through is the matrix seen from raw x.
         x.requires_grad_()
         (gradient,) = torch.autograd.grad(layer(x).sum(), x)
         torch.testing.assert_close(gradient, layer.dequantize().sum(0).expand_as(x))
+
+
+@pytest.mark.parametrize("cls", [W8A8Linear, W8A8StaticLinear])
+@pytest.mark.parametrize("rotate, smooth", [(True, "none"), (True, "auto"), (False, "activations")])
+def test_outliers_are_spread_over_their_group_or_moved_into_the_weights(cls, rotate, smooth):
+    """A few channels set the step of all others unless something is done about it."""
+    outliers = torch.ones(320)
+    outliers[::97] = 60.0
+    linear, calibration, x = nn.Linear(320, 64), torch.randn(500, 320) * outliers, torch.randn(300, 320) * outliers
+    layer = cls.from_linear(linear, calibration=calibration, rotate=rotate, smooth=smooth)
+    plain = cls.from_linear(linear, calibration=calibration)
+    assert relative(layer(x), linear(x)) < 0.8 * relative(plain(x), linear(x))
 
 
 def test_smoothing_asks_for_data_and_rotation_pads():
