@@ -128,7 +128,8 @@ class Quantizer:
         by_name = {planned.name: planned for planned in todo}
         # An embedding gets ids, no activations.
         needs = {p.name: ALL[p.scheme_name].needs for p in todo if issubclass(ALL[p.scheme_name], QuantLinear)}
-        if run is not None and sequential and any(needs.values()):
+        # What only wants to know largest values or ranges gains nothing that pays for the passes.
+        if run is not None and sequential and any("second_moment" in needed for needed in needs.values()):
             chain = find_chain(self.model, {name for name, needed in needs.items() if needed}, run)
         inside: set[str] = set()
         if chain is not None:  # whose float activations it has kept, before anything is quantized
