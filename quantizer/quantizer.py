@@ -5,7 +5,6 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,19 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..layers import QuantLayer, QuantLinear, Stats, Unsuitable, tie
+from ..layers import QuantLinear, Stats, Unsuitable
 from ..layers.algorithms.compensation import compensate
 from ..recipes import Recipe, load_recipe
 from . import calibration as calibrate
 from .chain import find_chain
 from .errors import CalibrationError, PlanError, QuantizeError, some
 from .interop.clients import attach
-from .kinds import as_linear, empty, quantized, shape_of
+from .kinds import as_linear, quantized
 from .plan import Plan, PlannedLayer, make_plan
 from .report import Report, measure
 from .rules import ALL
 from .sequential import Sequence
+from .sharing import tied_head
 from .surgery import find_sites, replace, split_experts
 
 # Second moments of the layers calibrated in one pass over the data; more layers take more passes.
@@ -179,24 +179,11 @@ class Quantizer:
         layer.report = measure(planned.name, as_linear(module), layer, stats, planned.bytes_before, seconds, details)
         if not math.isfinite(layer.report.weight_error):
             raise ArithmeticError("the quantized weight is not finite")
-        swaps = [(planned.names, layer), *((head.names, self._head(head, layer)) for head in heads)]
+        swaps = [
+            (planned.names, layer),
+            *((h.names, tied_head(self.model.get_submodule(h.name), h, layer)) for h in heads),
+        ]
         self.model = replace(self.model, *swaps)
-
-    def _head(self, planned: PlannedLayer, embedding: QuantLayer) -> QuantLinear:
-        linear = self.model.get_submodule(planned.name)
-        head = empty(ALL[planned.scheme_name], shape_of(linear), planned.scheme, planned.dtype)
-        head._buffers.update({name: embedding._buffers[name] for name, b in head._buffers.items() if b is not None})
-        tie(embedding, head)
-        head.bias = linear.bias
-        head.report = replace_fields(
-            embedding.report,
-            name=planned.name,
-            scheme=planned.scheme_name,
-            bytes_before=planned.bytes_before,
-            bytes_after=planned.bytes_after,
-            seconds=0.0,
-        )
-        return head
 
 
 def _compensated(module: nn.Module, stats: Stats | None, damping: float) -> nn.Module:

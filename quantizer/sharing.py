@@ -1,12 +1,18 @@
 """An embedding and the output head that is tied to it: they share their codes, as they shared the weight."""
 
-from torch import Tensor
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ..layers import QuantEmbedding, Scheme
+from torch import Tensor, nn
+
+from ..layers import QuantEmbedding, QuantLayer, QuantLinear, Scheme, tie
 from ..recipes import Recipe
-from .kinds import is_conv1d
-from .rules import Resolved, rule_for
+from .kinds import empty, is_conv1d, shape_of
+from .rules import ALL, Resolved, rule_for
 from .surgery import Site
+
+if TYPE_CHECKING:
+    from .plan import PlannedLayer
 
 
 def shared_codes(sites: list[Site], recipe: Recipe, schemes: dict[tuple, Resolved]) -> tuple[dict[str, str], list[str]]:
@@ -62,3 +68,20 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
     return not a.is_meta and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def tied_head(linear: nn.Module, planned: "PlannedLayer", embedding: QuantLayer) -> QuantLinear:
+    """The layer in the place of a float head: with the codes of the embedding, and its report, sizes apart."""
+    head = empty(ALL[planned.scheme_name], shape_of(linear), planned.scheme, planned.dtype)
+    head._buffers.update({name: embedding._buffers[name] for name, b in head._buffers.items() if b is not None})
+    tie(embedding, head)
+    head.bias = linear.bias
+    head.report = replace(
+        embedding.report,
+        name=planned.name,
+        scheme=planned.scheme_name,
+        bytes_before=planned.bytes_before,
+        bytes_after=planned.bytes_after,
+        seconds=0.0,
+    )
+    return head

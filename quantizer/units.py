@@ -9,12 +9,11 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from dataclasses import replace as but
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import Experts, QuantEmbedding, QuantLayer, Unsuitable, tie
+from ..layers import Experts, QuantEmbedding, QuantLayer, Unsuitable
 from .checkpoint import join
 from .errors import QuantizeError
 from .float_files import FloatFiles
@@ -23,6 +22,7 @@ from .partial import Row
 from .plan import Plan, PlannedLayer
 from .report import LayerReport, measure
 from .rules import ALL
+from .sharing import tied_head
 from .surgery import find_sites, replace, split_experts
 
 # What a rank costs beside the passes over the weight that every scheme makes: measured, in passes for each 32.
@@ -140,7 +140,8 @@ def graft_empty(model: nn.Module, plan: Plan, rows: dict[str, Row]) -> nn.Module
             continue
         layer = _empty(model, planned, row.options)
         layer.report = LayerReport(**row.report)
-        swaps = [(planned.names, layer), *((h.names, _head(model, h, layer)) for h in heads.get(planned.name, []))]
+        tied = heads.get(planned.name, [])
+        swaps = [(planned.names, layer), *((h.names, tied_head(model.get_submodule(h.name), h, layer)) for h in tied)]
         model = replace(model, *swaps)
     return model
 
@@ -153,18 +154,3 @@ def _empty(model: nn.Module, planned: PlannedLayer, options: dict) -> QuantLayer
     else:
         layer.bias = module.bias
     return layer
-
-
-def _head(model: nn.Module, planned: PlannedLayer, embedding: QuantLayer) -> QuantLayer:
-    head = _empty(model, planned, planned.scheme.model_dump())
-    head._buffers.update({name: embedding._buffers[name] for name, b in head._buffers.items() if b is not None})
-    tie(embedding, head)
-    head.report = but(
-        embedding.report,
-        name=planned.name,
-        scheme=planned.scheme_name,
-        seconds=0.0,
-        bytes_before=planned.bytes_before,
-        bytes_after=planned.bytes_after,
-    )
-    return head
