@@ -113,10 +113,14 @@ class W8A8Linear(QuantLinear):
         if stats is None and self.scheme.needs_data():
             raise ValueError(self.scheme.needs_data())
         weight = self._changed(weight, stats)
+        self._fit_activations(weight, stats)
         if self.scheme.zero_point:
             self.qweight, self.scale, self.zero_point = quantize_rows_int8_affine(weight)
         else:
             self.qweight, self.scale = quantize_rows_int8(weight)
+
+    def _fit_activations(self, weight: Tensor, stats: Stats | None) -> None:
+        """What a subclass has to know of the activations; weight (N, Kp) is smoothed and rotated as they are."""
 
     def _changed(self, weight: Tensor, stats: Stats | None) -> Tensor:
         """(W diag(s)) H, (N, Kp), of W (N, K); fills smooth_factor."""
@@ -170,8 +174,9 @@ class W8A8StaticLinear(W8A8Linear):
         if stats is None or stats.range is None:
             raise ValueError(self.scheme.needs_data())
         super().quantize(weight, stats)
-        low, high = self._range(self._changed(weight, stats), stats)
-        ends = torch.tensor([low, high], dtype=torch.float32, device=weight.device)
+
+    def _fit_activations(self, weight: Tensor, stats: Stats | None) -> None:
+        ends = torch.tensor(self._range(weight, stats), dtype=torch.float32, device=weight.device)
         symmetric = self.scheme.act_range == "absmax"
         self.act_scale, self.act_zero_point = scale_of_range(*ends, bits=8, symmetric=symmetric)
 
