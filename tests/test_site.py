@@ -78,7 +78,7 @@ def test_formulas_are_drawn_without_a_script(site):
 
 
 def test_quotations_name_their_file(site):
-    assert "layers/w8a32.py" in (site / "03-layers.html").read_text(encoding="utf-8")
+    assert "layers/w8a32.py" in (site / "layers.html").read_text(encoding="utf-8")
 
 
 def test_the_search_knows_the_chapters(site):
