@@ -1,7 +1,6 @@
 """The tutorial keeps its form, and its figures are drawn by the code that it explains."""
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -37,10 +36,11 @@ def test_the_table_of_contents_has_every_chapter():
 
 def test_figures_are_drawn_and_shown(tmp_path):
     pytest.importorskip("matplotlib")
-    plots = runpy.run_path(str(DOCS / "tools" / "plots.py"))
-    plots["main"]([], tmp_path)
+    from qgraft.docs.tools import plots
+
+    plots.main([], tmp_path)
     shown = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
-    for name in plots["DRAWN"]:
+    for name in plots.DRAWN:
         figure = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
         assert figure.count("<path") > 5
         assert (DOCS / "images" / f"{name}.svg").exists() and f"images/{name}.svg" in shown, name
