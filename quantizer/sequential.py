@@ -2,7 +2,8 @@
 
 A model whose blocks hand their outputs to one another is run block by block, on two streams of activations: the exact
 one, of the float model, and the one that the quantized blocks make. Inside a block the layers come in the order of
-their calls, those that read the same tensor together. Only the activations of one block are in memory at a time.
+their calls, those that read the same tensor together and with one set of statistics. Only the activations of one block
+are in memory at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,10 @@ from .kinds import inputs_of
 
 # What a layer got, for each batch and each call, with how often it had been changed in place.
 Seen = dict[str, list[list[tuple[Tensor, int]]]]
+
+
+class _Parted(Exception):
+    """Layers that got one tensor in the float model do not in the quantized one."""
 
 
 class Sequence:
@@ -82,15 +87,38 @@ class Sequence:
         return seen, groups, outputs
 
     def _statistics(self, block: str, group: list[str], seen: Seen, inputs: list[Inputs]) -> dict[str, Stats]:
-        stats = {name: Stats(self.needs[name]) for name in group}
-        paired = {name for name in group if "second_moment" in self.needs[name]}
-        calls: dict[tuple[str, int], int] = {}
         # A layer that is called once has been seen when its group's last one has.
         once = all(len(batch) == 1 for name in group for batch in seen[name])
+        if once and len({self.needs[name] for name in group}) == 1:
+            try:
+                of_all = self._collected(block, group, seen, inputs, once, shared=True)
+                return dict.fromkeys(group, of_all[group[0]]) if of_all else {}
+            except _Parted:
+                pass
+        return self._collected(block, group, seen, inputs, once, shared=False)
+
+    def _collected(
+        self, block: str, group: list[str], seen: Seen, inputs: list[Inputs], once: bool, shared: bool
+    ) -> dict[str, Stats]:
+        """shared: collect for the first of the group only. Raises _Parted where another one gets another tensor."""
+        collected = group[:1] if shared else group
+        stats = {name: Stats(self.needs[name]) for name in collected}
+        paired = {name for name in collected if "second_moment" in self.needs[name]}
+        calls: dict[tuple[str, int], int] = {}
+        first: tuple[Tensor, int] | None = None
 
         def see(name: str, x: Tensor, batch: int) -> None:
+            nonlocal first
+            if name in stats:
+                first = x, x._version
+                collect(name, without_padding(x), batch)
+            elif first is None or x is not first[0] or x._version != first[1]:
+                raise _Parted
+            if once and name == group[-1]:
+                raise Stop
+
+        def collect(name: str, x: Tensor, batch: int) -> None:
             call = calls[name, batch] = calls.get((name, batch), -1) + 1
-            x = without_padding(x)
             try:
                 stats[name].update(x)
             except ValueError as error:
@@ -101,13 +129,12 @@ class Sequence:
                 paired.discard(name)  # other tokens than the float model's, as when a router sends them elsewhere
             elif name in paired:
                 stats[name].update_cross(exact, x)
-            if once and name == group[-1]:
-                raise Stop
 
         with self._hooks(group, see) as at:
             for i in range(len(inputs)):
+                first = None
                 at(i, lambda i=i: self._call(block, inputs[i]))
-        for name in set(group) - paired:
+        for name in set(collected) - paired:
             stats[name].drop_cross()
         return {name: s for name, s in stats.items() if s.tokens}
 

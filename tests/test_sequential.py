@@ -45,11 +45,22 @@ class Block(nn.Module):
         return x.add_(h) if self.in_place else x + h
 
 
+class Parting(Block):
+    """The input of b is that of a in every other call, and twice that in the others."""
+
+    calls = 0
+
+    def forward(self, x, scale=None):
+        h = self.norm(x)
+        self.calls += 1
+        return x + self.out(self.a(h) + self.b(h if self.calls % 2 else 2 * h) + self.c(h)) * scale
+
+
 class Model(nn.Module):
-    def __init__(self, blocks=4, broken=(), twice=False, pair=False, in_place=False):
+    def __init__(self, blocks=4, broken=(), twice=False, pair=False, in_place=False, block=Block):
         super().__init__()
         self.inp = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList(Block(in_place=in_place) for _ in range(blocks))
+        self.blocks = nn.ModuleList(block(in_place=in_place) for _ in range(blocks))
         self.head = nn.Linear(WIDTH, WIDTH)
         self.broken, self.twice, self.pair = broken, twice, pair
 
@@ -87,7 +98,7 @@ def test_the_model_comes_closer_to_the_float_one(data, broken):
     assert len(report.layers) == 26 and all(row.tokens == 20 * 64 for row in report.layers)
 
 
-@pytest.mark.parametrize("options", [{}, {"in_place": True}, {"broken": (1, 3)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"in_place": True}, {"broken": (1, 3)}, {"block": Parting}], ids=str)
 def test_what_the_layers_are_calibrated_with_is_what_they_get_in_the_end(data, monkeypatch, options):
     """The statistics of each layer are those of its inputs in the finished model."""
     model, taken = Model(**options).eval(), {}
@@ -108,6 +119,15 @@ def test_what_the_layers_are_calibrated_with_is_what_they_get_in_the_end(data, m
         assert relative(moment, noisy.t() @ noisy / len(noisy)) < 1e-4
         if options.get("in_place") is None or cross is not None:
             assert relative(cross, exact.t() @ noisy / len(noisy)) < 1e-4
+
+
+def test_layers_that_read_one_tensor_share_their_statistics(data, monkeypatch):
+    taken = {}
+    monkeypatch.setattr(Quantizer, "_graft", lambda self, planned, stats, *rest: taken.update({planned.name: stats}))
+    Quantizer(Model(2).eval()).quantize(recipe(), calibration=data, progress=False)
+    for block in ("blocks.0", "blocks.1"):
+        a, b, c, out = (taken[f"{block}.{name}"] for name in ("a", "b", "c", "out"))
+        assert a is b is c is not out
 
 
 def inputs_of(model, names, data):
