@@ -3,27 +3,43 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.table import Table
 from torch import Tensor, nn
 
 from ..layers import storage_bytes
-from . import cli_text, evaluate, tables
+from . import cli_text, tables
+from . import evaluate as measure
+from .cli_options import Debug, Device
 from .cli_output import UsageError, say, show
 from .errors import QGraftError
 from .interop.huggingface import READABLE, ModelFolder, quiet
 
 
-def run(
-    folder: Path,
-    text: str,
-    original: Path | None,
-    window: int,
-    limit: int | None,
-    device: torch.device | None,
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model, quantized or not.", show_default=False)],
+    text: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on, UTF-8; - for stdin.")] = "-",
+    original: Annotated[Path | None, typer.Option(metavar="MODEL_DIR", help="The model that it was made from.")] = None,
+    window: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens that the model sees at once.")] = 512,
+    limit: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Use the first N tokens of the text only.")
+    ] = None,
+    device: Device = None,
+    debug: Debug = False,
 ) -> None:
+    """Measure how good a model is on a text.
+
+    A causal language model: its perplexity, and if --original is given, that of the original and the ratio
+    of the two. Any other: the mean cosine of its vectors to those of --original, over the lines of the text.
+
+    \b
+    Example: qgraft eval ./w4a4 --original ./model --text news.txt --limit 8192
+    """
+    if text == "-" and sys.stdin.isatty():
+        raise UsageError("give a file, or text on stdin", param_hint="'--text'")
     source = ModelFolder(folder)
     reference = None if original is None else ModelFolder(original)
     causal = source.model_class.can_generate() and not source.config.is_encoder_decoder
@@ -63,7 +79,7 @@ class _Evaluation:
             if folder is None:
                 continue
             model = self._load(folder)
-            value = evaluate.perplexity(model, tokens, self.window, progress=True)
+            value = measure.perplexity(model, tokens, self.window, progress=True)
             ratio = f"{value / first:.4f}" if first else "1" if self.original else "-"
             first = first or value
             table.add_row(str(folder), tables.size(storage_bytes(model)), f"{value:.2f}", ratio)
@@ -82,14 +98,14 @@ class _Evaluation:
             )
         table = _table("mean cosine")
         table.add_row(str(self.original), first_size, "1")
-        table.add_row(str(self.source), other_size, f"{evaluate.cosine_to(first, other):.6f}")
+        table.add_row(str(self.source), other_size, f"{measure.cosine_to(first, other):.6f}")
         return table, f"vectors of {len(first)} lines of text; 1 is the same direction"
 
     def _vectors(self, folder: ModelFolder, batches: list[dict[str, Tensor]]) -> tuple[Tensor, str]:
         model = self._load(folder)
         # The hidden states, not what a head makes of them; of an encoder and a decoder, the encoder's.
         encoder = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-        return evaluate.embed(encoder, batches, progress=True), tables.size(storage_bytes(model))
+        return measure.embed(encoder, batches, progress=True), tables.size(storage_bytes(model))
 
     def _load(self, folder: ModelFolder) -> nn.Module:
         say(f"loading {folder}")

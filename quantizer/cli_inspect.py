@@ -9,6 +9,7 @@ from rich.table import Table
 
 from . import tables
 from .checkpoint import CONFIG, read_config, read_json
+from .cli_options import Debug, Every, Json, QuantizedDir
 from .cli_output import show, show_json
 from .errors import CheckpointError
 from .loading import read_reports
@@ -17,17 +18,24 @@ from .rules import ALL
 from .weight_files import read_kinds, weight_files
 
 
-def inspect(path: Path, every: bool, as_json: bool) -> None:
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give one that `qgraft quantize` wrote")
-    found = summary(path)
+def inspect(folder: QuantizedDir, every: Every = False, as_json: Json = False, debug: Debug = False) -> None:
+    """Show what is in a quantized model, and check it.
+
+    Compares the checksums of its files and reads their headers, but loads no weights.
+
+    \b
+    Example: qgraft inspect ./w4a4 --json
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give one that `qgraft quantize` wrote")
+    found = summary(folder)
     if as_json:
         show_json(found)
         return
     model = ", ".join(found["architectures"]) or "model of no known class"
     share = found["bytes_quantized"] / found["bytes"] if found["bytes"] else 0
     show(
-        f"{path}: {model}\n"
+        f"{folder}: {model}\n"
         f"{len(found['layers'])} quantized layers of {found['bits_per_weight']:.2f} bits per weight\n"
         f"{tables.size(found['bytes'])} in {len(found['files'])} files, whose checksums are right; "
         f"{100 * share:.0f} % of it is quantized layers",

@@ -2,15 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
 from ..recipes import CalibrationSpec, Recipe, load_recipe
 from . import cli_report, cli_text
 from .checkpoint import check_target, save
-from .cli_output import say, show, show_json
+from .cli_options import Debug, Device, Dtype, Every, Json, ModelDir, RecipeName
+from .cli_output import UsageError, say, show, show_json
 from .distributed import Ranks, peak_memory
 from .errors import CalibrationError, PlanError
 from .float_files import CannotStream, float_dtype
@@ -23,7 +25,16 @@ from .streaming import quantize_files
 from .tables import size
 
 
-def plan(model_dir: Path, recipe: str, every: bool, as_json: bool) -> None:
+def plan(
+    model_dir: ModelDir, recipe: RecipeName, every: Every = False, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Show what a recipe would do to each layer.
+
+    Reads no weights, so that even the largest model takes seconds.
+
+    \b
+    Example: qgraft plan ./model -r my_recipe.yaml --every
+    """
     spec = load_recipe(recipe)
     planned = Quantizer(_skeleton(ModelFolder(model_dir), None)).plan(spec)
     if as_json:
@@ -33,6 +44,45 @@ def plan(model_dir: Path, recipe: str, every: bool, as_json: bool) -> None:
 
 
 def quantize(
+    model_dir: ModelDir,
+    recipe: RecipeName,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write: a new one, or an older result.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text like what the model will see, UTF-8; - for stdin."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop there.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Load the model in this type; auto: its own.")] = Dtype.auto,
+    device: Device = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Layer by layer, from file to file; by default where possible."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page of what became of each layer, too.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model and save it, with its tokenizer.
+
+    Shows the plan, quantizes, and shows the error of each layer. All that can be refused is refused before
+    the weights are read. The calibration text is cut into sequences, as many and as long as the recipe says.
+    Without it, safetensors are quantized layer by layer: the model may be larger than memory, torchrun
+    may start several processes, and a run that was killed goes on where it stopped.
+
+    \b
+    Example: qgraft quantize ./model -r w4a4_svd --calibration t.txt --out ./out
+    """
+    if out is None and not dry_run:
+        raise UsageError("say where to save the model, or give --dry-run", param_hint="'--out'")
+    if report is not None and dry_run:
+        raise UsageError("a dry run quantizes nothing that could be reported", param_hint="'--report'")
+    _quantize(model_dir, recipe, out, calibration, dry_run, dtype.torch, device, stream, report)
+
+
+def _quantize(
     model_dir: Path,
     recipe: str,
     out: Path | None,
@@ -41,7 +91,7 @@ def quantize(
     dtype: torch.dtype | None,
     device: torch.device | None,
     stream: bool | None,
-    report: Path | None = None,
+    report: Path | None,
 ) -> None:
     """Whatever can be refused is refused before the weights are read, which may take long.
 

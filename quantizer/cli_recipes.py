@@ -1,10 +1,31 @@
 """`qgraft recipes`: what ships, and how to write one's own."""
 
+from typing import Annotated
+
+import typer
 from rich.table import Table
 
 from ..recipes import load_recipe, shipped_recipes
 from ..recipes.files import locate, read_text
+from .cli_options import Debug
 from .cli_output import show
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.", show_default=False)] = None,
+    debug: Debug = False,
+) -> None:
+    """List the recipes that ship with qgraft, or print one.
+
+    What is printed is a recipe again, to start one of your own from.
+
+    \b
+    Example: qgraft recipes w4a4_svd > my_recipe.yaml
+    """
+    if name is None:
+        list_recipes()
+    else:
+        print_recipe(name)
 
 
 def list_recipes() -> None:

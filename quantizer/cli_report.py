@@ -1,20 +1,60 @@
 """`qgraft report`: what became of each layer, on the terminal or as a page; `qgraft plot`: its figures as files."""
 
+from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
+from .cli_options import Debug, Every
 from .cli_output import UsageError, say, show
 from .html import data, drawing, page
 from .html.against import read_details
 from .report import Report
 
 
-def report(folders: list[Path], html: Path | None, against: Path | None = None, every: bool = False) -> None:
-    """The page needs its libraries: they are asked for before anything is read."""
+class Kind(str, Enum):
+    """Figures of a report; those that `html.drawing` knows."""
+
+    error = "error"
+    sqnr = "sqnr"
+    weights = "weights"
+    activations = "activations"
+    spectrum = "spectrum"
+    tree = "tree"
+    tradeoff = "tradeoff"
+    compare = "compare"
+
+
+Folders = Annotated[
+    list[Path],
+    typer.Argument(metavar="DIR", help="Quantized models, or report.json files.", show_default=False),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(metavar="MODEL_DIR", help="The float model, to compare weights with."),
+]
+
+
+def report(
+    folders: Folders,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page instead.")] = None,
+    against: Against = None,
+    every: Every = False,
+    debug: Debug = False,
+) -> None:
+    """Show what became of each layer, and what to do.
+
+    Several models are compared. The page has histograms of weights and activations if the model was
+    quantized with --report; --against finds those of the weights later.
+
+    \b
+    Example: qgraft report ./w4a4 ./w4a8 --html report.html
+    """
     if html is not None:
-        drawing.converter()
+        drawing.converter()  # a library that is missing is missed before anything is read
     reports = _read(folders, against)
     if html is None:
         for shown in reports:
@@ -26,14 +66,31 @@ def report(folders: list[Path], html: Path | None, against: Path | None = None, 
     say(f"wrote {html}")
 
 
-def plot(folders: list[Path], kind: str, output: Path, layer: str | None, against: Path | None) -> None:
+def plot(
+    folders: Folders,
+    kind: Annotated[Kind, typer.Option(help="What to draw.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="An .svg, .png or .pdf file.", show_default=False)
+    ],
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For weights, activations and spectrum: of which layer.")
+    ] = None,
+    against: Against = None,
+    debug: Debug = False,
+) -> None:
+    """Draw a figure of the report into a file.
+
+    \b
+    Example: qgraft plot ./w4a4 --kind tree -o bytes.svg
+    """
     drawing.check_name(output)
     drawing.converter()
-    if layer is not None and kind not in drawing.OF_ONE_LAYER:
+    if layer is not None and kind.value not in drawing.OF_ONE_LAYER:
         raise UsageError(
-            f"--kind {kind} shows all layers; --layer is for {', '.join(drawing.OF_ONE_LAYER)}", param_hint="'--layer'"
+            f"--kind {kind.value} shows all layers; --layer is for {', '.join(drawing.OF_ONE_LAYER)}",
+            param_hint="'--layer'",
         )
-    drawing.draw(kind, _read(folders, against), layer, output)
+    drawing.draw(kind.value, _read(folders, against), layer, output)
     say(f"wrote {output}")
 
 

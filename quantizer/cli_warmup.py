@@ -1,19 +1,38 @@
 """`qgraft warmup`: compile the kernels that a model needs before its first user waits for them."""
 
 import sys
-from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from tqdm import tqdm
 
 from ..layers import EMBEDDINGS, QuantLinear
 from .checkpoint import read_config
+from .cli_options import Debug, Device, QuantizedDir
 from .cli_output import UsageError, say
 from .loading import _build
 
 
-def run(folder: Path, tokens: tuple[int, ...], tune: bool, device: torch.device | None) -> None:
-    """Run one layer of each kind in the checkpoint, empty, with so many tokens each; its weights are not read."""
+def warmup(
+    folder: QuantizedDir,
+    tokens: Annotated[
+        str, typer.Option(metavar="M,..", help="Numbers of tokens that a layer will see at once.")
+    ] = "1,16,64,512,2048",
+    tune: Annotated[bool, typer.Option("--tune", help="Try other tiles too, and keep what is faster.")] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Compile the GPU kernels that a quantized model needs.
+
+    Runs one layer of each kind, empty: nobody has to wait for a compiler later. Reads no weights.
+
+    \b
+    Example: qgraft warmup ./w4a16 --tokens 1,512 --tune
+    """
+    counts = tuple(int(count) if count.strip().isdecimal() else 0 for count in tokens.split(","))
+    if min(counts) < 1:
+        raise UsageError(f"{tokens}: give numbers such as 1,512", param_hint="'--tokens'")
     entries = read_config(folder)["layers"]
     kinds: dict[str, str] = {}  # what a kernel is compiled for -> a layer of that kind
     for name, entry in entries.items():
@@ -29,14 +48,14 @@ def run(folder: Path, tokens: tuple[int, ...], tune: bool, device: torch.device 
             "will run. Each kind of layer runs once on the CPU instead, which compiles what is compiled there."
         )
     rows = []
-    with tqdm(total=len(kinds) * len(tokens), desc="warmup", unit="run", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(kinds) * len(counts), desc="warmup", unit="run", disable=not sys.stderr.isatty()) as bar:
         for name in kinds.values():
             layer = _empty(_build(folder, name, entries[name]), device)
-            for m in tokens:
+            for m in counts:
                 bar.set_postfix_str(f"{layer.out_features} x {layer.in_features}, {m} tokens")
                 rows += _warm(layer, m, tune, device)
                 bar.update()
-    say(f"ran {len(kinds)} kinds of layers ({len(entries)} in all) with {', '.join(map(str, tokens))} tokens")
+    say(f"ran {len(kinds)} kinds of layers ({len(entries)} in all) with {', '.join(map(str, counts))} tokens")
     if tune:
         _keep(rows, device)
 
