@@ -7,7 +7,7 @@ which tensors they get, not by their names.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .kinds import inputs_of
 Batch = Any  # a tensor, a mapping of keyword arguments, or a tuple of positional ones
 # The attention_mask of the batch that runs, (B, T), if it has one: what the model ignores must not count.
 _mask: ContextVar[Tensor | None] = ContextVar("mask", default=None)
+_batch: ContextVar[int] = ContextVar("batch")
+
+T = TypeVar("T")
 
 
 class Pass(Exception):
@@ -53,29 +56,43 @@ def make_runner(data: Any, spec: CalibrationSpec, tokenizer: Any = None, progres
 
 
 class Runner:
-    """Runs calibration data through a model: all of it by a call, or batch after batch if it comes in batches."""
+    """Runs calibration data through a model: all of it by a call, or batch after batch if it comes in batches.
+
+    device: where the model takes its inputs; None: where its first parameter is.
+    """
 
     def __init__(
         self,
         batches: Sequence[Batch] = (),
         function: Callable[[nn.Module], Any] | None = None,
         progress: bool = True,
+        device: torch.device | None = None,
     ):
-        self.batches, self.function, self.progress = batches, function, progress
+        self.batches, self.function, self.progress, self.device = batches, function, progress, device
 
     def __call__(self, model: nn.Module) -> None:
         if self.function is not None:
             with _in_words("the calibration function failed"):
                 self.function(model)
-        for index in tqdm(range(len(self.batches)), "calibrate", disable=None if self.progress else True, leave=False):
+        bar = tqdm(total=len(self.batches), desc="calibrate", disable=None if self.progress else True, leave=False)
+
+        def run(index: int) -> None:
             self.run(model, index)
+            bar.update()
+
+        with bar:
+            self.each(run)
+
+    def each(self, step: Callable[[int], T]) -> list[T]:
+        """What `step`, which runs the model, gives for each batch."""
+        return [step(index) for index in range(len(self.batches))]
 
     def run(self, model: nn.Module, index: int) -> None:
         """One batch."""
-        device = next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        device = self.device or next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         what = f"the model failed on calibration batch {index} ({_describe(self.batches[index])})"
         try:
-            with _in_words(what), self.padding(index):
+            with _in_words(what), self.at(index):
                 _call(model, _map(self.batches[index], lambda t: t.to(device)))
         except CalibrationError as error:
             if str(error).startswith(what):
@@ -83,15 +100,16 @@ class Runner:
             raise CalibrationError(f"{error} (calibration batch {index})") from error.__cause__  # a layer's complaint
 
     @contextmanager
-    def padding(self, index: int) -> Iterator[None]:
-        """While it lasts, `without_padding` leaves out what the attention_mask of this batch does."""
+    def at(self, index: int) -> Iterator[None]:
+        """While it lasts this is the current batch, and `without_padding` leaves out what its attention_mask does."""
         batch = self.batches[index]
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        token = _mask.set(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+        number, token = _batch.set(index), _mask.set(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
         try:
             yield
         finally:
             _mask.reset(token)
+            _batch.reset(number)
 
 
 @contextmanager
@@ -202,6 +220,11 @@ class _Watch:
         if self.differs or any(self.calls[n] != self.calls[leader] for n, leader in self.leader_of.items()):
             return None
         return {name: s for name, s in self.stats.items() if s.tokens}
+
+
+def current_batch() -> int:
+    """The number of the batch that runs; LookupError if the data comes in none."""
+    return _batch.get()
 
 
 def without_padding(x: Tensor) -> Tensor:

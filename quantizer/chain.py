@@ -4,6 +4,7 @@ A block is a module of an `nn.ModuleList`. What a block got of the one before it
 everything else that it got (masks, rotary embeddings) is kept for when it runs again.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Pass, Runner, observed
+from .calibration import Pass, Runner, current_batch, observed
 
 # Blocks that take what no block before them gave, and whose inputs the whole model up to them has to make.
 MOST_HEADS = 4
@@ -56,11 +57,11 @@ def find_chain(model: nn.Module, layers: set[str], run: Runner) -> Chain | None:
     blocks = _blocks(model, layers)
     if not run.batches or sum(any(inside(layer, block) for layer in layers) for block in blocks) < 2:
         return None
-    chain = Chain([])
+    watch = _Watch()
     try:
-        with observed(model), without_cache(model):
-            for index in range(len(run.batches)):
-                _capture(chain, model, blocks, run, index)
+        with observed(model), without_cache(model), watch.on(model, blocks):
+            run.each(lambda index: run.run(model, index))
+        chain = watch.chain(len(run.batches))
     except NoChain:
         return None
     return chain if sum(map(chain.is_head, chain.blocks)) <= MOST_HEADS else None
@@ -84,47 +85,57 @@ def inside(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(f"{outer}.")
 
 
-def _capture(chain: Chain, model: nn.Module, blocks: list[str], run: Runner, index: int) -> None:
-    """Add the inputs of every block for one batch; NoChain if they do not fit the chain so far."""
-    called: list[str] = []
-    last: list[Any] = []
+class _Watch:
+    """Sees every call of the blocks; batches may take turns."""
 
-    def before(name: str) -> Callable:
+    def __init__(self) -> None:
+        self.called: dict[int, list[str]] = defaultdict(list)  # by each batch
+        self.last: dict[int, list[Tensor]] = defaultdict(list)  # what the block before returned
+        self.inputs: dict[str, dict[int, Inputs]] = defaultdict(dict)
+
+    @contextmanager
+    def on(self, model: nn.Module, blocks: list[str]) -> Iterator[None]:
+        handles = []
+        for name in blocks:
+            module = model.get_submodule(name)
+            handles += [module.register_forward_pre_hook(self._before(name), with_kwargs=True)]
+            handles += [module.register_forward_hook(self._after)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, name: str) -> Callable:
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if name in called:
+            batch = current_batch()
+            if name in self.called[batch]:
                 raise NoChain
-            inputs = map_leaves((args, kwargs), _slot)
+            last = self.last[batch]
+            inputs = map_leaves(
+                (args, kwargs), lambda leaf: next((Slot(n) for n, t in enumerate(last) if leaf is t), leaf)
+            )
             if not all(isinstance(leaf, (Slot, Tensor, *PLAIN)) for leaf in _leaves(inputs)):
                 raise NoChain
             if _is_head(inputs):  # the block may change them in place
                 inputs = map_leaves(inputs, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
-            called.append(name)
-            chain.inputs.setdefault(name, []).append(inputs)
+            self.called[batch].append(name)
+            self.inputs[name][batch] = inputs
 
         return see
 
-    def _slot(leaf: Any) -> Any:
-        return next((Slot(n) for n, given in enumerate(last) if leaf is given), leaf)
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.last[current_batch()] = [leaf for leaf in _leaves(output) if isinstance(leaf, Tensor)]
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        last[:] = [leaf for leaf in _leaves(output) if isinstance(leaf, Tensor)]
-
-    handles = []
-    for name in blocks:
-        module = model.get_submodule(name)
-        handles += [module.register_forward_pre_hook(before(name), with_kwargs=True)]
-        handles += [module.register_forward_hook(after)]
-    try:
-        run.run(model, index)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if index == 0:
-        chain.blocks = called
-    elif called != chain.blocks:
-        raise NoChain
-    if not called or any(chain.is_head(name) != _is_head(chain.inputs[name][-1]) for name in called):
-        raise NoChain
+    def chain(self, batches: int) -> Chain:
+        """NoChain if the batches, so many, do not agree on one."""
+        blocks = self.called[0]
+        if not blocks or any(self.called[batch] != blocks for batch in range(batches)):
+            raise NoChain
+        inputs = {name: [of_batch[batch] for batch in range(batches)] for name, of_batch in self.inputs.items()}
+        if any(len({_is_head(i) for i in of_block}) != 1 for of_block in inputs.values()):
+            raise NoChain
+        return Chain(blocks, inputs)
 
 
 def _is_head(inputs: Inputs) -> bool:

@@ -7,13 +7,13 @@ are in memory at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..layers import Stats
-from .calibration import Runner, Stop, observed, without_padding
+from .calibration import Runner, Stop, current_batch, observed, without_padding
 from .chain import Chain, Inputs, filled, inside, map_leaves, without_cache
 from .errors import CalibrationError
 from .kinds import inputs_of
@@ -29,11 +29,19 @@ class _Parted(Exception):
 class Sequence:
     """Walks down a chain; what comes out of `stages` is to be quantized before it goes on.
 
-    model: a function that gives the model as it is now. needs: what statistics each layer wants.
+    model: a function that gives the model as it is now. needs: what statistics each layer wants. done: whether layers
+    are known to need none.
     """
 
-    def __init__(self, chain: Chain, model: Callable[[], nn.Module], needs: Mapping[str, frozenset[str]], run: Runner):
-        self.chain, self.model, self.needs, self.run = chain, model, needs, run
+    def __init__(
+        self,
+        chain: Chain,
+        model: Callable[[], nn.Module],
+        needs: Mapping[str, frozenset[str]],
+        run: Runner,
+        done: Callable[[list[str]], bool] = lambda names: False,
+    ):
+        self.chain, self.model, self.needs, self.run, self.done = chain, model, needs, run, done
 
     @property
     def layers(self) -> set[str]:
@@ -50,14 +58,14 @@ class Sequence:
         for block in self.chain.blocks:
             if self.chain.is_head(block):
                 kept = self.chain.inputs[block]
-                exact_in, noisy_in = kept, [self._as_it_is(block, i) for i in range(len(kept))] if changed else kept
+                exact_in, noisy_in = kept, self._as_they_are(block) if changed else kept
             else:
                 exact_in = [filled(inputs, out) for inputs, out in zip(self.chain.inputs[block], exact, strict=True)]
                 noisy_in = [filled(inputs, out) for inputs, out in zip(self.chain.inputs[block], noisy, strict=True)]
             names = [name for name in self.needs if inside(name, block)]
             seen, groups, exact = self._watch(block, names, exact_in)
             for group in groups:
-                yield group, self._statistics(block, group, seen, noisy_in)
+                yield group, {} if self.done(group) else self._statistics(block, group, seen, noisy_in)
             if missed := [name for name in names if not seen[name]]:
                 yield missed, {}
             changed = changed or bool(names)
@@ -142,24 +150,26 @@ class Sequence:
         with observed(self.model()):
             return [self._call(block, i) for i in inputs]
 
-    def _as_it_is(self, block: str, index: int) -> Inputs:
-        """What a block gets of the model as it is now, for one batch."""
-        got: list[Inputs] = []
+    def _as_they_are(self, block: str) -> list[Inputs]:
+        """What a block gets of the model as it is now, for each batch."""
+        got: dict[int, Inputs] = {}
 
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            got.append((args, kwargs))
+            got[current_batch()] = (args, kwargs)
             raise Stop
+
+        def run(index: int) -> None:
+            with suppress(Stop):
+                self.run.run(model, index)
 
         model = self.model()
         handle = model.get_submodule(block).register_forward_pre_hook(see, with_kwargs=True)
         try:
             with observed(model), without_cache(model):
-                self.run.run(model, index)
-        except Stop:
-            pass
+                self.run.each(run)
         finally:
             handle.remove()
-        return got[0]
+        return [got[index] for index in range(len(got))]
 
     @contextmanager
     def _hooks(self, names: list[str], see: Callable[[str, Tensor, int], None]) -> Iterator[Callable]:
@@ -176,7 +186,7 @@ class Sequence:
             nonlocal batch
             batch = index
             try:
-                with self.run.padding(index):
+                with self.run.at(index):
                     return call()
             except Stop:
                 return None

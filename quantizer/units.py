@@ -17,6 +17,7 @@ from ..layers import Experts, QuantEmbedding, QuantLayer, Unsuitable
 from .checkpoint import join
 from .errors import QuantizeError
 from .float_files import FloatFiles
+from .graft import with_heads
 from .kinds import as_linear, empty, quantized, shape_of
 from .partial import Row
 from .plan import Plan, PlannedLayer
@@ -131,19 +132,30 @@ def _quantize(planned: PlannedLayer, module: nn.Module, details: bool) -> tuple[
 def graft_empty(model: nn.Module, plan: Plan, rows: dict[str, Row]) -> nn.Module:
     """The quantized model on meta, from the float one: its layers have their schemes and reports, and no values."""
     model = split_experts(model, (planned.name for planned in plan.todo))
-    heads: dict[str, list[PlannedLayer]] = {}
-    for planned in plan.todo:
-        heads.setdefault(planned.codes_of, []).append(planned)
-    for planned in heads.pop("", []):
-        row = rows[planned.name]
-        if row.left:
-            continue
-        layer = _empty(model, planned, row.options)
-        layer.report = LayerReport(**row.report)
-        tied = heads.get(planned.name, [])
-        swaps = [(planned.names, layer), *((h.names, tied_head(model.get_submodule(h.name), h, layer)) for h in tied)]
-        model = replace(model, *swaps)
+    heads = with_heads(plan.todo)
+    for planned in heads.pop(""):
+        if not rows[planned.name].left:
+            model = graft_known(model, planned, rows[planned.name], heads.get(planned.name, []))
     return model
+
+
+def graft_known(
+    model: nn.Module,
+    planned: PlannedLayer,
+    row: Row,
+    heads: list[PlannedLayer],
+    tensors: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """The model, in which a layer that was quantized before stands where the float one was.
+
+    heads: what is tied to this embedding. tensors: the layer's state; None leaves it on meta.
+    """
+    layer = _empty(model, planned, row.options)
+    if tensors is not None:
+        layer.load_state_dict(tensors, assign=True)
+    layer.report = LayerReport(**row.report)
+    tied = ((head.names, tied_head(model.get_submodule(head.name), head, layer)) for head in heads)
+    return replace(model, (planned.names, layer), *tied)
 
 
 def _empty(model: nn.Module, planned: PlannedLayer, options: dict) -> QuantLayer:

@@ -245,7 +245,7 @@ def test_a_layer_that_needs_data_and_gets_none_is_named_before_any_is_replaced()
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])
 def test_a_small_memory_for_statistics_takes_several_passes_and_gives_a_valid_model(monkeypatch, layers):
-    monkeypatch.setattr("qgraft.quantizer.quantizer.STATS_BYTES", layers * 4 * WIDTH**2)
+    monkeypatch.setattr("qgraft.quantizer.stages.STATS_BYTES", layers * 4 * WIDTH**2)
     passes = []
     collect = calibration.collect
 
@@ -265,7 +265,7 @@ def test_a_small_memory_for_statistics_takes_several_passes_and_gives_a_valid_mo
 
 
 def test_schemes_without_statistics_take_one_pass_whatever_the_memory(monkeypatch):
-    monkeypatch.setattr("qgraft.quantizer.quantizer.STATS_BYTES", 1)
+    monkeypatch.setattr("qgraft.quantizer.stages.STATS_BYTES", 1)
     calls = []
     model = Attention()
     data = lambda m: (calls.append(1), m(X))  # noqa: E731

@@ -274,7 +274,7 @@ def test_an_interrupt_leaves_embedding_and_head_both_as_they_were(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qgraft.quantizer.quantizer.tied_head", interrupt)
+    monkeypatch.setattr("qgraft.quantizer.graft.tied_head", interrupt)
     with pytest.raises(KeyboardInterrupt, match="'embed'"):
         quantize(model, recipe("w8a16", embedding_rule(W8)))
     assert model.embed is embed and model.head is head and head.weight is embed.weight

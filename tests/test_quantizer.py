@@ -131,7 +131,7 @@ def test_a_failure_in_the_middle_leaves_whole_layers_and_a_second_call_goes_on(m
             kind = type(reference[0])
             patch.setattr(kind, "quantize", failing(kind.quantize))
         else:
-            patch.setattr("qgraft.quantizer.quantizer.replace", failing(surgery.replace))
+            patch.setattr("qgraft.quantizer.graft.replace", failing(surgery.replace))
         expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else QuantizeError
         with pytest.raises(expected) as caught:
             quantize(model, recipe)

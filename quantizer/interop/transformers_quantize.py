@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...layers import Unsuitable
 from ...recipes.suggest import did_you_mean
 from ..errors import CalibrationError, CheckpointError, PlanError, QuantizeError, some
+from ..graft import graft, with_heads
 from ..plan import FREED, UNTIED, PlannedLayer
 from ..quantizer import Quantizer
 from ..surgery import find_sites, split_experts
@@ -50,13 +51,8 @@ class QuantizingWhileLoading:
     def _sort(self, model: nn.Module) -> None:
         fused = {n: s.fused for s in find_sites(model) if s.fused is not None for n in s.names}
         homes = {id(m): n for n, m in model.named_modules()}
-        heads: dict[str, list[PlannedLayer]] = {}
-        for planned in self.plan.todo:
-            if planned.codes_of:
-                heads.setdefault(planned.codes_of, []).append(planned)
-        for planned in self.plan.todo:
-            if planned.codes_of:
-                continue  # comes with its embedding
+        heads = with_heads(self.plan.todo)
+        for planned in heads[""]:  # a head that shares codes comes with its embedding
             if planned.name in fused:
                 module = fused[planned.name]
                 self.fused.update({f"{homes[id(module)]}.{leaf}": homes[id(module)] for leaf in module._parameters})
@@ -108,7 +104,7 @@ class QuantizingWhileLoading:
     @torch.no_grad()
     def _graft(self, planned: PlannedLayer, heads: list[PlannedLayer]) -> None:
         try:
-            self.quantizer._graft(planned, None, heads)
+            self.quantizer.model = graft(self.quantizer.model, planned, heads=heads)
         except Unsuitable as reason:
             self.left.append(f"'{planned.label}': {reason}")
         except Exception as error:

@@ -1,0 +1,59 @@
+"""Quantize one layer of a model, and put it in its place."""
+
+import math
+import time
+
+from torch import nn
+
+from ..layers import Stats
+from ..layers.algorithms.compensation import compensate
+from .kinds import as_linear, quantized
+from .plan import PlannedLayer
+from .report import measure
+from .rules import ALL
+from .sharing import tied_head
+from .surgery import replace
+
+
+def graft(
+    model: nn.Module,
+    planned: PlannedLayer,
+    stats: Stats | None = None,
+    heads: list[PlannedLayer] | tuple[()] = (),
+    details: bool = False,
+) -> nn.Module:
+    """The model, in which a quantized layer with its report stands where the float one was.
+
+    stats: of the layer's inputs. heads: what is tied to this embedding, and shares its codes. details: as for
+    `Quantizer.quantize`. Raises Unsuitable if the layer should stay as it is, ArithmeticError if the result is not
+    finite, and whatever the scheme raises; the model is then as it was.
+    """
+    start = time.perf_counter()
+    module = _compensated(model.get_submodule(planned.name), stats, ALL[planned.scheme_name].compensation_damping)
+    layer = quantized(module, ALL[planned.scheme_name], planned.scheme, stats)
+    seconds = time.perf_counter() - start
+    layer.report = measure(planned.name, as_linear(module), layer, stats, planned.bytes_before, seconds, details)
+    if not math.isfinite(layer.report.weight_error):
+        raise ArithmeticError("the quantized weight is not finite")
+    tied = ((head.names, tied_head(model.get_submodule(head.name), head, layer)) for head in heads)
+    return replace(model, (planned.names, layer), *tied)
+
+
+def _compensated(module: nn.Module, stats: Stats | None, damping: float) -> nn.Module:
+    """The module, or a linear layer in its place that makes up for what the layers before it lost."""
+    if stats is None or stats.cross_moment is None:
+        return module
+    linear = as_linear(module)
+    weight = compensate(linear.weight.detach(), stats.second_moment, stats.cross_moment, damping)
+    other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    other.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+    other.bias = linear.bias
+    return other.train(module.training)
+
+
+def with_heads(todo: tuple[PlannedLayer, ...]) -> dict[str, list[PlannedLayer]]:
+    """The layers of a plan by the name of the embedding whose codes they share; under "" those with their own."""
+    found: dict[str, list[PlannedLayer]] = {"": []}
+    for planned in todo:
+        found.setdefault(planned.codes_of, []).append(planned)
+    return found
