@@ -44,12 +44,13 @@ def make_runner(data: Any, spec: CalibrationSpec, tokenizer: Any = None, progres
     data: a tensor or mapping (one batch); an iterable of tensors, mappings, tuples or texts, such as a
     DataLoader or a list; or a function that takes the model and runs it, several times if the statistics take
     several passes. Texts need a `tokenizer`. At most `spec.samples` sequences (of the first dimension) are
-    used, texts cut at `spec.tokens`; a batch whose tensors disagree in that dimension is used whole. Tokens that
+    used, texts cut at `spec.tokens`; a batch whose tensors disagree in that dimension is used whole. The rows of float
+    matrices (B, K) are tokens, and at most `spec.samples` times `spec.tokens` of them are used. Tokens that
     a mapping's `attention_mask` (B, T) leaves out do not count.
     """
     if callable(data) and not isinstance(data, (Tensor, Mapping)) and not hasattr(data, "__iter__"):
         return Runner(function=data)
-    batches = _take(_as_batches(data, spec, tokenizer), spec.samples)
+    batches = _take(_as_batches(data, spec, tokenizer), spec)
     if not batches:
         raise CalibrationError("the calibration data is empty")
     return Runner(batches, progress=progress)
@@ -269,20 +270,28 @@ def _tokenize(text: str, spec: CalibrationSpec, tokenizer: Any) -> Batch:
     return dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=spec.tokens))
 
 
-def _take(batches: Iterable[Batch], samples: int) -> list[Batch]:
-    taken, count = [], 0
+def _take(batches: Iterable[Batch], spec: CalibrationSpec) -> list[Batch]:
+    taken, tokens = [], spec.samples * spec.tokens
     for batch in batches:
-        if count >= samples:
+        each = 1 if _rows_are_tokens(batch) else spec.tokens
+        left = tokens // each
+        if left < 1:
             break
         sizes = [t.shape[0] for t in _tensors(batch) if t.ndim]
-        size, left = max(sizes, default=1), samples - count
+        size = max(sizes, default=1)
         if len({*sizes} - {1}) > 1:
             size = sizes[0]
         elif size > left:
             batch = _cut(batch, size, left)
         taken.append(batch)
-        count += max(1, size)
+        tokens -= max(1, size) * each
     return taken
+
+
+def _rows_are_tokens(batch: Batch) -> bool:
+    """Whether all of it is features by rows, as a perceptron takes them: without a dimension for the sequence."""
+    tensors = _tensors(batch)
+    return bool(tensors) and all(t.ndim == 2 and t.is_floating_point() for t in tensors)
 
 
 def _cut(batch: Batch, size: int, left: int) -> Batch:

@@ -158,6 +158,7 @@ class Rule(_Frozen):
 class CalibrationSpec(_Frozen):
     """How much data the schemes that calibrate see: ``samples`` sequences of at most ``tokens`` tokens.
 
+    Of float matrices, whose rows are tokens, they see as many rows as that makes.
     ``sequential``: each layer is calibrated with what the layers before it, quantized already, make of the data.
     """
 

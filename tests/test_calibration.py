@@ -160,7 +160,26 @@ def test_activations_that_are_not_finite_name_the_layer(value):
 def test_no_more_samples_are_used_than_the_recipe_says(data, rows):
     if isinstance(data, list) and data[0].ndim == 1:
         data = [x[None] for x in data]
-    assert set(tokens_seen(Attention(), data, samples=7).values()) == {rows}
+    assert set(tokens_seen(Attention(), data, samples=7, tokens=1).values()) == {rows}
+
+
+@pytest.mark.parametrize(
+    ("data", "seen"),
+    [
+        (torch.randn(50, WIDTH), 21),
+        ([torch.randn(5, WIDTH)] * 9, 21),
+        ({"x": torch.randn(50, WIDTH), "scale": torch.randn(50, 1)}, 21),
+        (torch.randn(50, 2, WIDTH), 14),
+        ([torch.randn(4, WIDTH), torch.randn(9, 2, WIDTH)], 4 + 5 * 2),  # room for 17 tokens is room for 5 sequences
+    ],
+)
+def test_rows_of_a_float_matrix_count_as_tokens_and_not_as_sequences(data, seen):
+    assert set(tokens_seen(Attention(), data, samples=7, tokens=3).values()) == {seen}
+
+
+def test_rows_of_token_ids_count_as_sequences():
+    ids = torch.randint(0, 20, (50, 4))
+    assert set(tokens_seen(Words(), ids, samples=7).values()) == {28}
 
 
 def test_a_generator_is_not_drawn_further_than_needed():
@@ -171,7 +190,7 @@ def test_a_generator_is_not_drawn_further_than_needed():
             drawn.append(i)
             yield torch.randn(2, WIDTH)
 
-    gather(Attention(), batches(), samples=6)
+    gather(Attention(), batches(), samples=6, tokens=1)
     assert len(drawn) <= 4
 
 
