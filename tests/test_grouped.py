@@ -199,4 +199,4 @@ def test_the_gpu_kernel_compiles_without_spilling(target):
     zero = torch.empty(64, 16, dtype=torch.int8, device="meta")
     with ahead.launches(target) as launches:
         w8_group.w8_group_linear(x, codes, torch.empty(64, 16, device="meta"), zero, bias, 32)
-    assert [ahead.built(launch, target)["spilled"] for launch in launches] == [0]
+    assert [ahead.built(launch, target, disassemble=False)["spilled"] for launch in launches] == [0]

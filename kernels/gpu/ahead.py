@@ -58,17 +58,18 @@ def launches(target: str, table: str | None = None) -> Iterator[list[Launch]]:
         common.pretended = None
 
 
-def built(launch: Launch, target: str) -> dict:
+def built(launch: Launch, target: str, disassemble: bool = True) -> dict:
     """Compile a launch. Returns
 
     registers, spilled   of a thread; bytes
     shared               bytes of a program
     tensor_memory        columns (data-center Blackwell)
     mma                  the tensor-core instructions in it, sorted
-    machine_mma          what became of them in the machine code (CUDA), sorted
+    machine_mma          what became of them in the machine code (CUDA, if disassembled), sorted
     from_registers       whether a product takes its first operand from registers (Hopper's wgmma)
     packed_layouts       the layouts of tensors that packed assembly works on
-    loop                 instructions of the main loop's body, a warp; None without CUDA, or without such a loop
+    loop                 instructions of the main loop's body, a warp (if disassembled, which takes as long as to
+                         compile); None without CUDA, or without such a loop
     """
     gpu = TARGETS[target]
     before = getattr(triton.runtime.driver, "_active", None)
@@ -89,7 +90,7 @@ def built(launch: Launch, target: str) -> dict:
         "from_registers": bool(re.search(r"warp_group_dot.*dot_op<\{opIdx = 0", ttgir)),
         "packed_layouts": _packed_layouts(ttgir),
     }
-    return result | (_usage_hip(assembly) if gpu.backend == "hip" else _usage_cuda(compiled.asm["cubin"]))
+    return result | (_usage_hip(assembly) if gpu.backend == "hip" else _usage_cuda(compiled.asm["cubin"], disassemble))
 
 
 def _packed_layouts(ttgir: str) -> list[str]:
@@ -103,17 +104,20 @@ def _packed_layouts(ttgir: str) -> list[str]:
     return sorted(found)
 
 
-def _usage_cuda(cubin: bytes) -> dict:
+def _usage_cuda(cubin: bytes, disassemble: bool) -> dict:
+    wanted = ("-res-usage", "-sass") if disassemble else ("-res-usage",)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
+        usage, *sass = (
             subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
+            for what in wanted
         )
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage).groups())
-    return {"registers": registers, "spilled": stack + local, "loop": _main_loop(sass),
-            "machine_mma": sorted(set(re.findall(r"\b\w*MMA\b", sass)))}  # fmt: skip
+    result = {"registers": registers, "spilled": stack + local}
+    for code in sass:
+        result |= {"loop": _main_loop(code), "machine_mma": sorted(set(re.findall(r"\b\w*MMA\b", code)))}
+    return result
 
 
 def _main_loop(sass: str) -> int | None:
