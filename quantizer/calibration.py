@@ -4,6 +4,9 @@ Layers that read the same tensor (q, k and v; gate and up) share one set of stat
 which tensors they get, not by their names.
 """
 
+import copy
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,6 +90,15 @@ class Runner:
     def each(self, step: Callable[[int], T]) -> list[T]:
         """What `step`, which runs the model, gives for each batch."""
         return [step(index) for index in range(len(self.batches))]
+
+    def digest(self) -> str:
+        """A checksum of the batches."""
+        found = hashlib.sha256()
+        for batch in self.batches:
+            found.update(_describe(batch).encode())
+            for tensor in _tensors(batch):
+                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def run(self, model: nn.Module, index: int) -> None:
         """One batch."""
@@ -298,25 +310,34 @@ def _cut(batch: Batch, size: int, left: int) -> Batch:
     return _map(batch, lambda t: t[:left] if t.ndim and len(t) == size else t)
 
 
-def _values(batch: Batch) -> list[Any]:
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
-
-
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [v for v in _values(batch) if isinstance(v, Tensor)]
+    """All of them, however deep."""
+    found: list[Tensor] = []
+
+    def see(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(batch, see)
+    return found
 
 
 def _map(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with its tensors changed; a list becomes a tuple."""
-
-    def one(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) else value
-
+    """The batch with its tensors changed, those in nested mappings, lists, tuples and dataclasses too."""
+    if isinstance(batch, Tensor):
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: one(value) for key, value in batch.items()}
-    return tuple(map(one, batch)) if isinstance(batch, (tuple, list)) else one(batch)
+        return {key: _map(value, change) for key, value in batch.items()}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        new = copy.copy(batch)  # not replace(): it leaves out what is no field of __init__
+        for field in dataclasses.fields(batch):
+            object.__setattr__(new, field.name, _map(getattr(batch, field.name), change))
+        return new
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_map(value, change) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_map(value, change) for value in batch)
+    return batch
 
 
 def _call(model: nn.Module, batch: Batch) -> None:

@@ -69,16 +69,21 @@ def find_chain(model: nn.Module, layers: set[str], run: Runner) -> Chain | None:
 
 def _blocks(model: nn.Module, layers: set[str]) -> list[str]:
     """The modules of the outermost lists of modules that hold one of the layers."""
+    return [
+        f"{outer}.{child}" if outer else child
+        for outer in outermost_lists(model)
+        if any(inside(layer, outer) for layer in layers)
+        for child, _ in model.get_submodule(outer).named_children()
+    ]
+
+
+def outermost_lists(model: nn.Module) -> list[str]:
+    """The names of the lists of modules that are in no other."""
     lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(inside(name, outer) for outer in lists):
             lists.append(name)
-    return [
-        f"{outer}.{child}" if outer else child
-        for outer in lists
-        if any(inside(layer, outer) for layer in layers)
-        for child, _ in model.get_submodule(outer).named_children()
-    ]
+    return lists
 
 
 def inside(name: str, outer: str) -> bool:

@@ -69,8 +69,9 @@ def quantize(
 
     Shows the plan, quantizes, and shows the error of each layer. All that can be refused is refused before
     the weights are read. The calibration text is cut into sequences, as many and as long as the recipe says.
-    Without it, safetensors are quantized layer by layer: the model may be larger than memory, torchrun
-    may start several processes, and a run that was killed goes on where it stopped.
+    Safetensors are read and quantized layer by layer, or block by block with calibration text: the model may
+    be larger than memory, and a run that was killed goes on where it stopped. Without such text torchrun may
+    start several processes.
 
     \b
     Example: qgraft quantize ./model -r w4a4_svd --calibration t.txt --out ./out
@@ -113,24 +114,25 @@ def _quantize(
     _check(planned, calibrated=text is not None)
     if dry_run or out is None:
         return
+    tokenizer = data = None
+    if text is not None:
+        with quiet(bars=False):
+            tokenizer = source.tokenizer()
+            data = calibration_batches(source, tokenizer, text, spec.calibration)
     try:
         why_not = "" if stream is not False else "--no-stream"
-        if not why_not and text is None:
-            _stream(source, skeleton, spec, out, dtype, device, ranks, details=report is not None)
+        if not why_not:
+            _stream(source, skeleton, spec, out, data, dtype, device, ranks, details=report is not None)
             if report is not None and ranks.is_first:
                 cli_report.report([out], report)
             return
-        why_not = why_not or "calibration runs the whole model"
     except CannotStream as error:
         why_not = str(error)
     if stream or ranks.world > 1:
         raise CannotStream(f"the layers cannot be streamed from file to file: {why_not}")
-    if text is None:
-        say(f"loading the model as a whole: {why_not}")
+    say(f"loading {source} as a whole: {why_not}")
     with quiet(bars=sys.stderr.isatty()):
-        tokenizer = source.tokenizer()
-        data = None if text is None else calibration_batches(source, tokenizer, text, spec.calibration)
-        say(f"loading {source}")
+        tokenizer = tokenizer or source.tokenizer()
         model = source.load(dtype)
     if device is not None:
         model = model.to(device)
@@ -150,6 +152,7 @@ def _stream(
     skeleton: nn.Module,
     recipe: Recipe,
     out: Path,
+    data: list[dict[str, Tensor]] | None,
     dtype: torch.dtype | None,
     device: torch.device | None,
     ranks: Ranks,
@@ -160,13 +163,15 @@ def _stream(
     if (dtype or getattr(source.config, "dtype", None) or float_dtype(source.path)) is None:
         raise CannotStream(f"{source} has weights of several types, and its config names none: give --dtype")
     tell = say if ranks.is_first else lambda message: None
-    tell(f"streaming {source}: layer by layer, the model is never built")
+    how = "layer by layer" if data is None else f"block by block, with {len(data)} sequences of text"
+    tell(f"streaming {source}: {how}, the model is never built")
     with quiet(bars=False), source.files_to_carry(skeleton) as files:
         report = quantize_files(
             source.path,
             recipe,
             out,
             model=skeleton,
+            calibration=data,
             naming=names_of_files,
             device=device,
             extra_files=files,

@@ -74,7 +74,8 @@ class Partial:
         """Begin, or go on. CheckpointError if the folder holds the beginning of something else."""
         job = json.loads(json.dumps(job, default=str))
         if self.job.exists():
-            differs = [key for key, was in read_json(self.job).items() if job.get(key) != was]
+            was = read_json(self.job)
+            differs = [key for key in {**was, **job} if job.get(key) != was.get(key)]
             if differs:
                 raise CheckpointError(
                     f"{self.root}: holds an unfinished run that differs from this one in {', '.join(differs)}; "
@@ -101,6 +102,12 @@ class Partial:
     def write_part(self, index: int, tensors: dict[str, Tensor], rows: Iterable[Row]) -> None:
         about = {ROWS: json.dumps([asdict(row) for row in rows])}
         self._write(self.part(index), lambda file: save_file(tensors, file, metadata=about))
+
+    def read_part(self, index: int) -> tuple[dict[str, Tensor], list[Row]]:
+        """What `write_part` wrote."""
+        with safe_open(self.part(index), framework="pt") as stream:
+            rows = [Row(**row) for row in json.loads(stream.metadata()[ROWS])]
+            return {name: stream.get_tensor(name) for name in stream.keys()}, rows  # noqa: SIM118
 
     def write_shard(self, name: str, tensors: dict[str, Tensor]) -> None:
         self._write(self.checkpoint / name, lambda file: write_shard(file, tensors))

@@ -1,6 +1,6 @@
 """Quantize a model that is larger than memory: from safetensors to safetensors, a few layers at a time.
 
-    unit      what has to be read at once, mostly one layer
+    unit      what has to be read at once, mostly one layer; with calibration data a block of the model
     part      a quantized unit, in a file of its own until all are there
     shard     a file of the result, put together from parts and from what stays in float
 
@@ -21,6 +21,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..recipes import Recipe, load_recipe
+from .calibrated_files import CalibratedParts, check_data
+from .calibration import Runner, make_runner
 from .checkpoint import (
     GUARD,
     SHARD_BYTES,
@@ -47,6 +49,8 @@ def quantize_files(
     out: str | Path,
     *,
     model: nn.Module,
+    calibration: Any = None,
+    tokenizer: Any = None,
     naming: Naming = same_names,
     device: torch.device | str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -58,7 +62,9 @@ def quantize_files(
     """Quantize a folder of safetensors into a checkpoint, without ever building the model.
 
     folder: with model.safetensors, or several files and model.safetensors.index.json.
-    recipe: as for `Quantizer`; one that does without calibration data.
+    recipe: as for `Quantizer`.
+    calibration, tokenizer: as for `Quantizer.quantize`, but no function; without, the recipe must do without data.
+    The model must then have its blocks in an `nn.ModuleList`; all that is outside of them stays in memory.
     out: the folder to write, as for `save`; shard_bytes, extra_files: likewise.
     model: the float model on the meta device; its dtypes are what the weights are read as. It is not changed.
     naming: how tensors are called in the files, if not as in the model.
@@ -66,20 +72,27 @@ def quantize_files(
     say: is told in a sentence what goes on.
 
     Killed, it leaves `.<name>.partial` beside `out`, and the same call goes on from there to the same bytes.
-    Started by torchrun, the processes share the layers; each returns the report.
+    Started by torchrun, the processes share the layers, unless there is calibration data; each returns the report.
     Raises RecipeError, PlanError, CalibrationError, CannotStream and CheckpointError before the first layer, and
     QuantizeError for a layer that fails, such as one with NaN; what was done by then is kept.
     """
     path, ranks = Path(out).resolve(), Ranks()
     with ranks.together():
         plan = make_plan(model, load_recipe(recipe))
-        _check(plan)
+        run = None
+        if calibration is not None:
+            run = make_runner(calibration, plan.recipe.calibration, tokenizer, progress)
+            check_data(run, ranks)
+        _check(plan, run)
         check_target(path)
         files, partial = FloatFiles(Path(folder), model, naming), Partial(path)
         device = ranks.device(device)
-        job = {**_job(plan, files, device, shard_bytes), "details": details}
+        job = {**_job(plan, files, device, shard_bytes), "calibration": run and run.digest(), "details": details}
         with partial.alone() if ranks.is_first else nullcontext():
-            _quantize(model, plan, files, partial, ranks, device, job, progress, say)
+            if run is None:
+                _quantize(model, plan, files, partial, ranks, device, job, progress, say)
+            else:
+                _calibrate(model, plan, files, partial, run, device, job, progress, say)
             rows = partial.rows()
             left = [f"'{row.name}': {row.left}" for row in rows.values() if row.left]
             if left and ranks.is_first:
@@ -91,10 +104,10 @@ def quantize_files(
         return Report.of(result)
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: Plan, run: Runner | None) -> None:
     if not plan.todo:
         raise PlanError(f"recipe {plan.recipe.name} quantizes no layer of this model")
-    for planned in plan.todo:
+    for planned in plan.todo if run is None else ():
         if complaint := planned.scheme.needs_data():
             raise CalibrationError(f"layer '{planned.label}': {complaint}")
 
@@ -142,6 +155,25 @@ def _quantize(
             partial.write_part(index, *quantize_unit(model, files, units[index], device, job["details"]))
             bar.update()
     ranks.meet("all parts are there")
+
+
+def _calibrate(
+    model: nn.Module,
+    plan: Plan,
+    files: FloatFiles,
+    partial: Partial,
+    run: Runner,
+    device: torch.device | None,
+    job: dict[str, Any],
+    progress: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Make the parts that are missing, block by block."""
+    parts = CalibratedParts(model, plan, files, partial, run, device)
+    partial.begin(job)
+    if there := sum(map(partial.has_part, parts.index.values())):
+        say(f"going on from an interrupted run: {there} of {len(parts.index)} parts are there")
+    parts.make(job["details"], progress)
 
 
 def _write(

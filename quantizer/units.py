@@ -76,7 +76,7 @@ def quantize_unit(
     tensors = files.read(join(unit.home, leaf) for leaf in unit.leaves)
     result: dict[str, Tensor] = {}
     rows = []
-    for name, module in _modules(model, unit, tensors):
+    for name, module in float_modules(model, unit, tensors):
         planned = unit.layers.get(name)
         row, made = Row(name), module
         if planned is not None:
@@ -96,7 +96,7 @@ def quantize_unit(
     return result, rows
 
 
-def _modules(model: nn.Module, unit: Unit, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module]]:
+def float_modules(model: nn.Module, unit: Unit, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module]]:
     """The float layers of the unit with their weights, one after another."""
     module = _filled(model.get_submodule(unit.home), {leaf: tensors[join(unit.home, leaf)] for leaf in unit.leaves})
     if not unit.fused:
@@ -126,7 +126,13 @@ def _quantize(planned: PlannedLayer, module: nn.Module, details: bool) -> tuple[
     report = measure(planned.name, as_linear(module), layer, None, planned.bytes_before, seconds, details)
     if not math.isfinite(report.weight_error):
         raise ArithmeticError("the quantized weight is not finite")
-    return Row(planned.name, planned.scheme_name, layer.scheme.model_dump(), asdict(report)), layer
+    layer.report = report
+    return row_of(planned, layer), layer
+
+
+def row_of(planned: PlannedLayer, layer: QuantLayer) -> Row:
+    """What became of a layer that is quantized."""
+    return Row(planned.name, planned.scheme_name, layer.scheme.model_dump(), asdict(layer.report))
 
 
 def graft_empty(model: nn.Module, plan: Plan, rows: dict[str, Row]) -> nn.Module:
