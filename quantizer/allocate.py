@@ -55,6 +55,8 @@ def allocate(
     CalibrationError if the data does not run. Needs SciPy: pip install 'qgraft[allocate]'.
     """
     _check_solver()
+    if group not in ("fused", "none"):
+        raise ValueError(f"group is 'fused' or 'none', not {group!r}")
     limit = parse(budget)
     recipes = _variants([load_recipe(c) for c in candidates], tuple(ranks))
     plans = {recipe.name: make_plan(model, recipe) for recipe in recipes}
@@ -87,7 +89,9 @@ class _Table:
                     )
                 self.layers.setdefault(layer.name, {name: planned[name][layer.name] for name in plans})
         if not self.layers:
-            raise PlanError(f"none of the candidates ({', '.join(plans)}) quantizes a layer of this model")
+            already = any(layer.already for plan in plans.values() for layer in plan.layers)
+            why = ": its layers are quantized already, give the float model" if already else ""
+            raise PlanError(f"none of the candidates ({', '.join(plans)}) quantizes a layer of this model{why}")
         first = next(iter(plans.values()))
         order = [layer.name for layer in first.layers if layer.name in self.layers]
         self.layers = {name: self.layers[name] for name in order}

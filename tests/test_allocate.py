@@ -281,8 +281,12 @@ def test_what_cannot_be_chosen_among_is_refused_before_any_work(model, data, mon
         allocate(model, "8 bits", [CANDIDATES[0], CANDIDATES[0]], calibration=data)
     with pytest.raises(PlanError, match="at least one candidate"):
         allocate(model, "8 bits", [], calibration=data)
+    with pytest.raises(ValueError, match="'fused' or 'none', not 'auto'"):
+        allocate(model, "6 bits", CANDIDATES, calibration=data, group="auto")
     with pytest.raises(PlanError, match="quantizes a layer"):
         allocate(nn.Sequential(nn.ReLU()), "8 bits", CANDIDATES, calibration=data)
+    with pytest.raises(PlanError, match="quantized already, give the float model"):
+        allocate(Quantizer(model).quantize("w8a16"), "8 bits", CANDIDATES, calibration=data)
     embed = nn.Sequential(nn.Embedding(30, 48), nn.Linear(48, 30))
     rules = {"name": "e", "scheme": "w8a16", "rules": [{"match": ["Embedding"], "scheme": "embedding_w8"}]}
     with pytest.raises(PlanError, match="leave embeddings and tied weights"):
