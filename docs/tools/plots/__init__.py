@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 
-from . import calibration, factorization, formats, foundations, one_layer, speed, weights  # noqa: F401  they fill DRAWN
+from . import budget, calibration, factorization, formats, foundations, one_layer, speed, weights  # noqa: F401  they fill DRAWN
 from .canvas import DRAWN
 
 IMAGES = Path(__file__).parents[2] / "images"
