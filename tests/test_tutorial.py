@@ -9,8 +9,7 @@ import qgraft
 
 DOCS = Path(qgraft.__file__).parent / "docs"
 NOT_CHAPTERS = {"README", "choosing"}
-UNFINISHED = {"report"}
-CHAPTERS = [page for page in sorted(DOCS.glob("*.md")) if page.stem not in NOT_CHAPTERS | UNFINISHED]
+CHAPTERS = [page for page in sorted(DOCS.glob("*.md")) if page.stem not in NOT_CHAPTERS]
 PARTS = {
     "a quotation of the code": r"^```(python|cpp) file=",
     "a picture": r"!\[[^\]]+\]\(|^```mermaid$",
