@@ -78,8 +78,8 @@ def w8a8_linear(
     y = _output(x, m, n)
     if y.numel():
         zero = 0 if act_zero_point is None or act_scale is None else int(act_zero_point)
-        act = x.float().contiguous()
-        _call(op, lib.qg_w8a8, act.data_ptr(), _address(smooth_factor), qweight.data_ptr(), scale.data_ptr(),
+        act = _activations(x)
+        _call(op, lib.qg_w8a8, *_typed(act), _address(smooth_factor), qweight.data_ptr(), scale.data_ptr(),
               _address(zero_point), _address(act_scale), zero, *_typed(bias), *_typed(y),
               m, n, k, padded, rotation)  # fmt: skip
     return y.to(x.dtype)
@@ -96,8 +96,8 @@ def bitnet_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None
     bias = _bias(op, x, bias, n)
     y = _output(x, m, n)
     if y.numel():
-        act = x.float().contiguous()
-        _call(op, lib.qg_bitnet, act.data_ptr(), qweight.data_ptr(), scale.data_ptr(), *_typed(bias), *_typed(y),
+        act = _activations(x)
+        _call(op, lib.qg_bitnet, *_typed(act), qweight.data_ptr(), scale.data_ptr(), *_typed(bias), *_typed(y),
               m, n, k)  # fmt: skip
     return y.to(x.dtype)
 
@@ -134,8 +134,8 @@ def w4a16_linear(
     bias = _bias(op, x, bias, n)
     y = x.new_empty(m, n)
     if y.numel():
-        act = x.float().contiguous()
-        _call(op, lib.qg_w4_float, act.data_ptr(), _address(smooth_factor), *_typed(proj_down), qweight.data_ptr(),
+        act = _activations(x)
+        _call(op, lib.qg_w4_float, *_typed(act), _address(smooth_factor), *_typed(proj_down), qweight.data_ptr(),
               *_typed(scale), _address(zero_point), *_typed(proj_up), *_typed(bias), *_typed(y),
               m, n, k, padded, group_size, int(rotate), 0, rank)  # fmt: skip
     return y
@@ -164,8 +164,8 @@ def svdq_quantize(
     act_scale = x.new_empty(m, 1, dtype=torch.float32)
     lora_act = x.new_empty(m, rank, dtype=torch.float32)
     if m:
-        act = x.float().contiguous()
-        _call(op, lib.qg_svdq_quantize, act.data_ptr(), _address(smooth_factor), *_typed(proj_down), m, k, padded,
+        act = _activations(x)
+        _call(op, lib.qg_svdq_quantize, *_typed(act), _address(smooth_factor), *_typed(proj_down), m, k, padded,
               group_size, int(rotate), act_bits, rank, codes.data_ptr(), act_scale.data_ptr(),
               lora_act.data_ptr())  # fmt: skip
     return codes, act_scale, lora_act
@@ -207,10 +207,10 @@ def svdq_linear(
     bias = _bias(op, x, bias, n)
     y = _output(x, m, n)
     if y.numel():
-        act = x.float().contiguous()
         weight = (qweight.data_ptr(), scale.data_ptr(), group_scale.data_ptr()) if two_level else (
             qweight.data_ptr(), *_typed(scale), None)  # fmt: skip
-        _call(op, lib.qg_svdq if two_level else lib.qg_w4_float, act.data_ptr(), _address(smooth_factor),
+        act = _activations(x)
+        _call(op, lib.qg_svdq if two_level else lib.qg_w4_float, *_typed(act), _address(smooth_factor),
               *_typed(proj_down), *weight, *_typed(proj_up), *_typed(bias), *_typed(y),
               m, n, k, padded, group_size, int(rotate), act_bits, rank)  # fmt: skip
     return y.to(x.dtype)
@@ -237,6 +237,11 @@ def _branch(
     rank = proj_down.shape[1]
     down = require(op, x, "proj_down", proj_down, tuple(TYPES), k, rank)
     return down, require(op, x, "proj_up", proj_up, tuple(TYPES), n, rank), rank
+
+
+def _activations(x: Tensor) -> Tensor:
+    """x for a kernel that takes any of TYPES. Keep it until the kernel has returned: it may be a copy."""
+    return (x if x.dtype in TYPES else x.float()).contiguous()
 
 
 def _output(x: Tensor, m: int, n: int) -> Tensor:

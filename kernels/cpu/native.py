@@ -144,11 +144,11 @@ _SIGNATURES = {
     "qg_features": "",
     "qg_w8": "pil pp pi pi lll",
     "qg_w8_group": "pil ppp pi pi llll",
-    "qg_w8a8": "pp pppp i pi pi lllll",
-    "qg_bitnet": "ppp pi pi lll",
-    "qg_w4_float": "pppi ppi p pi pi pi lllll ii l",
-    "qg_svdq_quantize": "pppi llll ii l ppp",
-    "qg_svdq": "pppi ppp pi pi pi lllll ii l",
+    "qg_w8a8": "pip pppp i pi pi lllll",
+    "qg_bitnet": "pi pp pi pi lll",
+    "qg_w4_float": "pippi ppi p pi pi pi lllll ii l",
+    "qg_svdq_quantize": "pippi llll ii l ppp",
+    "qg_svdq": "pippi ppp pi pi pi lllll ii l",
 }
 
 

@@ -41,13 +41,18 @@ inline void rotate_groups(float* x, int64_t count, int64_t size) {
   }
 }
 
-// One token on its way to codes: x / smooth_factor, padded with zeros and rotated, into out (padded,).
-inline void prepare_token(const float* x, const float* smooth_factor, int64_t k, int64_t padded, bool rotate,
+// Token t on its way to codes: x / smooth_factor, padded with zeros and rotated, into out (padded,).
+inline void prepare_token(const Rows& x, int64_t t, const float* smooth_factor, int64_t padded, bool rotate,
                           int64_t group_size, float* out) {
-  const int64_t whole = k / LANES * LANES;
-  for (int64_t i = 0; i < whole; i += LANES)
-    store_f(out + i, smooth_factor ? div(load_f(x + i), load_f(smooth_factor + i)) : load_f(x + i));
-  for (int64_t i = whole; i < k; i++) out[i] = smooth_factor ? x[i] / smooth_factor[i] : x[i];
+  const int64_t k = x.k, whole = k / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const F value = load(x.data, x.type, t * k + i);
+    store_f(out + i, smooth_factor ? div(value, load_f(smooth_factor + i)) : value);
+  }
+  for (int64_t i = whole; i < k; i++) {
+    const float value = float_at(x.data, x.type, t * k + i);
+    out[i] = smooth_factor ? value / smooth_factor[i] : value;
+  }
   std::fill(out + k, out + padded, 0.0f);
   if (rotate) rotate_groups(out, padded, group_size);
 }
@@ -138,6 +143,13 @@ inline void to_planes(const int8_t* codes, int64_t count, uint8_t* out) {
   }
 }
 
+// Numbers [at, at + count) of x, as floats.
+inline void to_floats(const Rows& x, int64_t at, int64_t count, float* out) {
+  const int64_t whole = count / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) store_f(out + i, load(x.data, x.type, at + i));
+  for (int64_t i = whole; i < count; i++) out[i] = float_at(x.data, x.type, at + i);
+}
+
 // x (M, K) @ down (K, R) -> out (M, R), float32. Few tokens split K, in a way that does not depend on the threads.
 constexpr int64_t DOWN_TOKENS = 48, DOWN_FEATURES = 256, DOWN_COLUMNS = 2 * LANES;
 
@@ -158,17 +170,21 @@ inline void project_tile(const float* x, int64_t k, const float* panel, int64_t 
     for (int j = 0; j < 2; j++) store_f(out + m * ldo + j * LANES, acc[m][j]);
 }
 
-inline int project_down(const float* x, int64_t m, int64_t k, const void* down, Type type, int64_t rank, float* out) {
+inline int project_down(const Rows& x, const void* down, Type type, int64_t rank, float* out) {
+  const int64_t m = x.m, k = x.k;
   const int64_t columns = (rank + DOWN_COLUMNS - 1) / DOWN_COLUMNS, wide = columns * DOWN_COLUMNS;
   const int64_t pieces = (k + DOWN_FEATURES - 1) / DOWN_FEATURES, splits = m <= FEW_TOKENS ? pieces : 1;
   const int64_t blocks = (m + DOWN_TOKENS - 1) / DOWN_TOKENS;
-  float* partial = (float*)calloc(splits * m * wide, sizeof(float));
+  const Memory<float> sums_of_splits(splits * m * wide);
+  float* const partial = sums_of_splits.data;
   if (!partial) return 1;
+  std::fill(partial, partial + splits * m * wide, 0.0f);
   int failed = 0;
 #pragma omp parallel for if (m * k * rank > PARALLEL_WORK)
   for (int64_t task = 0; task < blocks * splits; task++) {
     float* panel = (float*)scratch<0>(sizeof(float) * DOWN_FEATURES * DOWN_COLUMNS);
-    if (!panel) {
+    float* floats = (float*)scratch<1>(sizeof(float) * DOWN_FEATURES * DOWN_TOKENS);
+    if (!panel || !floats) {
 #pragma omp atomic write
       failed = 1;
       continue;
@@ -178,6 +194,11 @@ inline int project_down(const float* x, int64_t m, int64_t k, const void* down, 
     const int64_t first = splits == 1 ? 0 : split, last = splits == 1 ? pieces : split + 1;
     for (int64_t piece = first; piece < last; piece++) {
       const int64_t start = piece * DOWN_FEATURES, features = std::min(DOWN_FEATURES, k - start);
+      const bool as_they_are = x.type == FLOAT32;
+      const float* rows = as_they_are ? (const float*)x.data + m0 * k + start : floats;
+      const int64_t ldx = as_they_are ? k : DOWN_FEATURES;
+      for (int64_t t = 0; t < tokens && !as_they_are; t++)
+        to_floats(x, (m0 + t) * k + start, features, floats + t * ldx);
       for (int64_t c = 0; c < columns; c++) {
         const int64_t r = c * DOWN_COLUMNS;
         for (int64_t i = 0; i < features; i++)
@@ -187,10 +208,10 @@ inline int project_down(const float* x, int64_t m, int64_t k, const void* down, 
             const F value = count == LANES ? load(down, type, at) : load_some(down, type, count ? at : 0, count);
             store_f(panel + i * DOWN_COLUMNS + j * LANES, value);
           }
-        const float* rows = x + m0 * k + start;
         int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) project_tile<4>(rows + t * k, k, panel, features, sums + t * wide + r, wide);
-        for (; t < tokens; t++) project_tile<1>(rows + t * k, k, panel, features, sums + t * wide + r, wide);
+        for (; t + 4 <= tokens; t += 4)
+          project_tile<4>(rows + t * ldx, ldx, panel, features, sums + t * wide + r, wide);
+        for (; t < tokens; t++) project_tile<1>(rows + t * ldx, ldx, panel, features, sums + t * wide + r, wide);
       }
     }
   }
@@ -200,7 +221,6 @@ inline int project_down(const float* x, int64_t m, int64_t k, const void* down, 
       for (int64_t split = 0; split < splits; split++) sum += partial[(split * m + t) * wide + r];
       out[t * rank + r] = sum;
     }
-  free(partial);
   return failed;
 }
 

@@ -41,10 +41,10 @@ struct BitNet {
   }
 };
 
-// x (M, K) float32 -> codes (M, wide) as `BitNet` multiplies them, and a scale for each token.
-inline int quantize_bitnet(const float* x, int64_t m, int64_t k, int64_t wide, Integer::A* codes, float* act_scale) {
-  return each_token(m, wide, [=](int64_t t, float* row, int8_t* bytes) {
-    prepare_token(x + t * k, nullptr, k, wide, false, 0, row);
+// x (M, K) -> codes (M, wide) as `BitNet` multiplies them, and a scale for each token.
+inline int quantize_bitnet(const Rows& x, int64_t wide, Integer::A* codes, float* act_scale) {
+  return each_token(x.m, wide, [=](int64_t t, float* row, int8_t* bytes) {
+    prepare_token(x, t, nullptr, wide, false, 0, row);
     act_scale[t] = quantize_token(row, wide, wide, 8, bytes);
     Integer::A* to = codes + t * wide;
     for (int64_t i = 0; i < wide; i += QUAD) {

@@ -8,9 +8,9 @@
 //
 // Each output is one thread's work, in one order: results are the same bits for any number of threads.
 #pragma once
-#include <algorithm>
-#include <cstdlib>
 #include <type_traits>
+#include "memory.h"
+#include "types.h"
 #include "wide.h"
 
 namespace qg {
@@ -25,33 +25,6 @@ constexpr int64_t PANEL_TOKENS = 516, PANEL_TOKENS_WIDE = 1056;
 constexpr int64_t FETCH_TOKENS = 300;
 // Fewer multiplications than this are not worth waking a thread for.
 constexpr int64_t PARALLEL_WORK = 1 << 18;
-
-// Memory of a thread that stays with it, so that it is not mapped and cleared at every call; null if there is none.
-template <int WHICH>
-inline void* scratch(size_t bytes) {
-  struct Buffer {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Buffer() { free(data); }
-  };
-  static thread_local Buffer buffer;
-  if (buffer.size < bytes) {
-    free(buffer.data);
-    buffer.size = size_t(round_up(int64_t(bytes), 4096));
-    buffer.data = aligned_alloc(64, buffer.size);
-    if (!buffer.data) buffer.size = 0;
-  }
-  return buffer.data;
-}
-
-// Freed at the end of a call.
-template <class E>
-struct Memory {
-  E* data;
-  explicit Memory(int64_t count) : data((E*)aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(E), 64))) {}
-  Memory(const Memory&) = delete;
-  ~Memory() { free(data); }
-};
 
 template <int N>
 using Count = std::integral_constant<int, N>;
@@ -169,36 +142,6 @@ int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, c
     layer.finish(m0, tokens, row, rows, sums, rows_max, block);
   }
   return failed;
-}
-
-// What outputs are stored as.
-enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
-inline void store(void* p, Type type, int64_t index, F value) {
-  if (type == FLOAT32) store_f((float*)p + index, value);
-  else if (type == BFLOAT16) store_bf16((bf16*)p + index, value);
-  else store_fp16((uint16_t*)p + index, value);
-}
-
-// The first `count` lanes only.
-inline void store_some(void* p, Type type, int64_t index, F value, int count) {
-  alignas(64) char all[BYTES];
-  store(all, type, 0, value);
-  const int size = type == FLOAT32 ? 4 : 2;
-  memcpy((char*)p + index * size, all, size_t(count) * size);
-}
-
-inline F load(const void* p, Type type, int64_t index) {
-  if (type == FLOAT32) return load_f((const float*)p + index);
-  if (type == BFLOAT16) return float_of_bf16((const bf16*)p + index);
-  return float_of_fp16((const uint16_t*)p + index);
-}
-
-inline F load_some(const void* p, Type type, int64_t index, int count) {
-  alignas(64) char all[BYTES] = {};
-  const int size = type == FLOAT32 ? 4 : 2;
-  memcpy(all, (const char*)p + index * size, size_t(count) * size);
-  return load(all, type, 0);
 }
 
 }  // namespace qg

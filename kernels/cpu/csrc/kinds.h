@@ -1,10 +1,9 @@
 // What is multiplied: kinds of product, and how a piece of the weight lies once it is unpacked.
 #pragma once
+#include "memory.h"
 #include "simd.h"
 
 namespace qg {
-
-inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 // Kinds of product. A and B are the types of elements of A and of the unpacked weight, Sum that of sums. A step is STEP
 // features: one load_a and one load_b, B_STEP elements long, and a dot. TILE_M tokens fill the registers.

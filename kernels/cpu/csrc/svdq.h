@@ -92,11 +92,11 @@ struct Svdq {
   }
 };
 
-// x (M, K) float32 -> codes (M, wide) as `Grouped` wants them, act_scale (M,), lora (M, rank).
+// x (M, K) -> codes (M, wide) as `Grouped` wants them, act_scale (M,), lora (M, rank).
 struct Activations {
-  const float* x;
+  Rows x;
   const float* smooth_factor;
-  int64_t m, k, padded, group_size;
+  int64_t padded, group_size;
   bool rotate;
   int bits;
 
@@ -105,8 +105,8 @@ struct Activations {
   // One of planes (M, wide) and codes (M, padded) is null.
   int quantize(uint8_t* planes, int8_t* codes, float* act_scale) const {
     const int64_t width = wide(padded);
-    return each_token(m, width, [=](int64_t t, float* row, int8_t* bytes) {
-      prepare_token(x + t * k, smooth_factor, k, padded, rotate, group_size, row);
+    return each_token(x.m, width, [=](int64_t t, float* row, int8_t* bytes) {
+      prepare_token(x, t, smooth_factor, padded, rotate, group_size, row);
       act_scale[t] = quantize_token(row, padded, group_size, bits, bytes);
       if (codes) memcpy(codes + t * padded, bytes, padded);
       if (!planes) return;

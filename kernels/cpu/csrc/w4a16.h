@@ -10,11 +10,6 @@ namespace qg {
 // 32 neighbouring features are 16 packed bytes: their even features come first, then the odd ones, as the nibbles do.
 constexpr int64_t UNIT = 32;
 
-inline float float_at(const void* p, Type type, int64_t index) {
-  if (type == FLOAT32) return ((const float*)p)[index];
-  return type == BFLOAT16 ? float_of(((const bf16*)p)[index]) : _cvtsh_ss(((const uint16_t*)p)[index]);
-}
-
 alignas(64) constexpr float CODES[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 
 // What the 16 codes of a group stand for; a register holds it, and looking up is one instruction.
@@ -109,10 +104,10 @@ inline bf16* put_activations(bf16* at, const F* value, Type) {
 
 // Smoothed, rotated, rounded to `type` (or to codes of act_bits, and back), and in the order of units.
 template <class T>
-int prepare_w4a16(const float* x, const float* smooth_factor, int64_t m, int64_t k, int64_t padded, int64_t group_size,
-                  bool rotate, int act_bits, Type type, typename T::A* act) {
-  return each_token(m, padded, [=](int64_t t, float* row, int8_t* codes) {
-    prepare_token(x + t * k, smooth_factor, k, padded, rotate, group_size, row);
+int prepare_w4a16(const Rows& x, const float* smooth_factor, int64_t padded, int64_t group_size, bool rotate,
+                  int act_bits, Type type, typename T::A* act) {
+  return each_token(x.m, padded, [=](int64_t t, float* row, int8_t* codes) {
+    prepare_token(x, t, smooth_factor, padded, rotate, group_size, row);
     if (act_bits) round_groups(row, padded, group_size, act_bits, codes);
     typename T::A* at = act + t * padded;
     for (int64_t i = 0; i < padded; i += UNIT) {

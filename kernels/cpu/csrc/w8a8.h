@@ -32,14 +32,15 @@ struct W8A8 {
   }
 };
 
-// Activations (M, K) float32 as they come, and what is to be done to them: division by smooth_factor (K,), and a
+// Activations (M, K) as they come, and what is to be done to them: division by smooth_factor (K,), and a
 // rotation of every `rotation` of the `padded` features; either may be absent.
 struct RawTokens {
-  const float *x, *smooth_factor;
-  int64_t m, k, padded, rotation;
+  Rows x;
+  const float* smooth_factor;
+  int64_t padded, rotation;
 
   void prepare(int64_t t, int64_t wide, float* row) const {
-    prepare_token(x + t * k, smooth_factor, k, padded, rotation > 0, rotation, row);
+    prepare_token(x, t, smooth_factor, padded, rotation > 0, rotation, row);
     std::fill(row + padded, row + wide, 0.0f);
   }
 };
@@ -48,7 +49,7 @@ struct RawTokens {
 // static scale, or null to take each token's own.
 inline int quantize_w8a8(RawTokens tokens, int64_t wide, const float* given, int32_t zero, Integer::A* codes,
                          float* act_scale, int32_t* act_sums) {
-  return each_token(tokens.m, wide, [=](int64_t t, float* row, int8_t* bytes) {
+  return each_token(tokens.x.m, wide, [=](int64_t t, float* row, int8_t* bytes) {
     const int64_t k = tokens.padded;
     tokens.prepare(t, wide, row);
     if (given) {

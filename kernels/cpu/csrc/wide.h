@@ -1,6 +1,6 @@
 // The product for many tokens: vectors of tokens times one weight in all lanes.
 //
-// A tile of `gemm.h` loads ten vectors for 24 products, and half of its loads come from the second-level cache. Here the
+// A tile of `gemm.h` loads ten vectors for 24 products, half of them from the second-level cache. Here the
 // tokens of a panel are turned once, so that a vector holds LANES tokens of the same features, as many as 32 bits hold.
 // A weight is then read as it was unpacked, 32 bits at a time into all lanes, and sums are whole as they stand: nothing
 // is added up across a vector.
@@ -127,8 +127,8 @@ void turn_panels(const typename T::A* a, int64_t lda, int64_t m, int64_t k, int6
 
 // All tokens of a panel, as `turn_tokens` left them, times one piece of the weight: features [start, start + length).
 template <class T>
-inline void wide_panel(const typename T::A* panel, int64_t k, int64_t start, const Unpacked<T>& weight, Fetch& fetch, typename T::Sum* sums,
-                       int64_t lds, int rows, int64_t tokens) {
+inline void wide_panel(const typename T::A* panel, int64_t k, int64_t start, const Unpacked<T>& weight, Fetch& fetch,
+                       typename T::Sum* sums, int64_t lds, int rows, int64_t tokens) {
   constexpr int WORD = 4 / sizeof(typename T::A);
   const Groups groups(tokens);
   const auto tokens_of = [&](int64_t g) {
