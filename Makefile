@@ -40,8 +40,9 @@ $(READY): pyproject.toml constraints.txt requirements-models.txt
 demo: $(READY)
 	$(BIN)/python -m qgraft.benchmarks.demo
 
+# A file stays with one worker, so that what its tests share is made once. A worker takes 1 to 2 GB.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 docs: $(READY) $(MERMAID)
 	$(BIN)/mkdocs build --strict
