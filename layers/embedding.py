@@ -150,7 +150,11 @@ def _register(name: str):
 
 @_register("embedding_w8")
 class EmbeddingW8(QuantEmbedding):
-    """qweight (V, D) int8 in [-127, 127], scale (V,) float32: those of W8A16Linear and W8A32Linear."""
+    """Rows of int8, in place of an `nn.Embedding`; a tied head can share them.
+
+    qweight  (V, D)  int8 in [-127, 127]  as in W8A16Linear and W8A32Linear
+    scale    (V,)    float32
+    """
 
     Scheme = EmbeddingW8Scheme
 
@@ -168,7 +172,11 @@ class EmbeddingW8(QuantEmbedding):
 
 @_register("embedding_w4")
 class EmbeddingW4(QuantEmbedding):
-    """qweight (V, Dp // 2) uint8, scale (V, Dp // G) in 16 bits: those of W4A16Linear."""
+    """Rows of int4 in groups, in place of an `nn.Embedding`; a tied head can share them.
+
+    qweight  (V, Dp // 2)  uint8, two codes a byte, as in W4A16Linear; Dp is D padded to whole groups
+    scale    (V, Dp // G)  the layer's 16-bit type
+    """
 
     Scheme = EmbeddingW4Scheme
 

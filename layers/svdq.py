@@ -207,8 +207,10 @@ class SVDQW4A4Linear(Int4Linear):
 
 @register("w4a8_svd")
 class SVDQW4A8Linear(SVDQW4A4Linear):
-    """int4 weights and int8 activations, one scale per token, with the same branch: more accurate at the same cost
-    wherever the units multiply int8 anyway (a CPU, Hopper)."""
+    """int4 weights and int8 activations, one scale per token, with the buffers and the branch of SVDQW4A4Linear.
+
+    More accurate at the same cost wherever the units multiply int8 anyway (a CPU, Hopper).
+    """
 
     compensation_damping = 0.1
     act_bits = 8

@@ -90,6 +90,7 @@ class Plan:
 
     @property
     def bytes_after(self) -> int:
+        """Of the whole model, to the byte."""
         return self.bytes_before + sum(layer.bytes_after - layer.bytes_before for layer in self.todo)
 
     @property
