@@ -58,6 +58,24 @@ def launches(target: str, table: str | None = None) -> Iterator[list[Launch]]:
         common.pretended = None
 
 
+def compiled(launch: Launch, target: str) -> triton.compiler.CompiledKernel:
+    """What the compiler makes of a launch: `asm` holds each of its stages, such as "ttgir", "ptx" and "cubin"."""
+    before = getattr(triton.runtime.driver, "_active", None)
+    triton.runtime.driver.set_active(_Driver(TARGETS[target]))
+    try:
+        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    finally:
+        triton.runtime.driver.set_active(before)
+
+
+def disassembled(cubin: bytes, what: str = "-sass") -> str:
+    """The machine code in a cubin as text, or what else cuobjdump can tell of it, such as "-res-usage"."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def built(launch: Launch, target: str, disassemble: bool = True) -> dict:
     """Compile a launch. Returns
 
@@ -71,26 +89,20 @@ def built(launch: Launch, target: str, disassemble: bool = True) -> dict:
     loop                 instructions of the main loop's body, a warp (if disassembled, which takes as long as to
                          compile); None without CUDA, or without such a loop
     """
-    gpu = TARGETS[target]
-    before = getattr(triton.runtime.driver, "_active", None)
-    triton.runtime.driver.set_active(_Driver(gpu))
-    try:
-        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-    finally:
-        triton.runtime.driver.set_active(before)
-    assembly = compiled.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
+    gpu, made = TARGETS[target], compiled(launch, target)
+    assembly = made.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
     mma = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma\.)\S+" if gpu.backend == "cuda" else r"v_mfma_\w+"
-    ttgir = compiled.asm["ttgir"]
+    ttgir = made.asm["ttgir"]
     result = {
         "kernel": launch.kernel.__name__,
         "options": {key: str(value) for key, value in launch.options.items()},
-        "shared": compiled.metadata.shared,
-        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
+        "shared": made.metadata.shared,
+        "tensor_memory": getattr(made.metadata, "tmem_size", 0) or 0,
         "mma": sorted(set(re.findall(mma, assembly))),
         "from_registers": bool(re.search(r"warp_group_dot.*dot_op<\{opIdx = 0", ttgir)),
         "packed_layouts": _packed_layouts(ttgir),
     }
-    return result | (_usage_hip(assembly) if gpu.backend == "hip" else _usage_cuda(compiled.asm["cubin"], disassemble))
+    return result | (_usage_hip(assembly) if gpu.backend == "hip" else _usage_cuda(made.asm["cubin"], disassemble))
 
 
 def _packed_layouts(ttgir: str) -> list[str]:
@@ -105,17 +117,11 @@ def _packed_layouts(ttgir: str) -> list[str]:
 
 
 def _usage_cuda(cubin: bytes, disassemble: bool) -> dict:
-    wanted = ("-res-usage", "-sass") if disassemble else ("-res-usage",)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, *sass = (
-            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in wanted
-        )
+    usage = disassembled(cubin, "-res-usage")
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage).groups())
     result = {"registers": registers, "spilled": stack + local}
-    for code in sass:
+    if disassemble:
+        code = disassembled(cubin)
         result |= {"loop": _main_loop(code), "machine_mma": sorted(set(re.findall(r"\b\w*MMA\b", code)))}
     return result
 
