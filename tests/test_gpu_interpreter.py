@@ -123,6 +123,11 @@ def kernels():
 # ---- W8A16 and W8A32 ------------------------------------------------------------------------------------------------
 
 
+BIASES = [None, torch.float32, torch.float16]
+# Every number of tokens with every shape, and each bias with every shape.
+W8_CASES = [(m, n, k, BIASES[(i + j) % 3]) for i, m in enumerate(TOKENS) for j, (n, k) in enumerate(SHAPES)]
+
+
 def w8_problem(m, n, k, dtype, bias_dtype=None):
     x = torch.randn(m, k).to(dtype)
     qweight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
@@ -139,9 +144,7 @@ def relative(y, truth) -> float:
     return ((y.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float16])
-@pytest.mark.parametrize("n, k", SHAPES)
-@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("m, n, k, bias_dtype", W8_CASES)
 def test_w8a16_is_right_to_the_rounding_of_its_output(kernels, m, n, k, bias_dtype):
     problem = w8_problem(m, n, k, torch.float16, bias_dtype)
     y = kernels("w8a16.w8a16_linear", *problem)
@@ -151,9 +154,7 @@ def test_w8a16_is_right_to_the_rounding_of_its_output(kernels, m, n, k, bias_dty
     assert (y.double() - truth).abs().le(2**-11 * truth.abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float16])
-@pytest.mark.parametrize("n, k", SHAPES)
-@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("m, n, k, bias_dtype", W8_CASES)
 def test_w8a32_has_the_accuracy_of_float32(kernels, m, n, k, bias_dtype):
     problem = w8_problem(m, n, k, torch.float32, bias_dtype)
     y = kernels("w8a32.w8a32_linear", *problem)
