@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from ..layers import QuantEmbedding, QuantLayer, QuantLinear, Scheme, Stats
 from ..layers.pointwise import features_last, is_pointwise
 
+# What a subclass can have of its own without computing anything else.
+WITHOUT_EFFECT = {
+    "__init__", "reset_parameters", "extra_repr", "__constants__",
+    "__module__", "__doc__", "__annotations__", "__qualname__", "__parameters__", "__orig_bases__", "__slots__",
+    "__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__",
+}  # fmt: skip
+# Multiplies and then adds the bias, in two steps.
+KNOWN_TO_COMPUTE_THE_SAME = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+
 
 def is_linear(module: nn.Module) -> bool:
     """`nn.Linear`, a subclass of it, transformers' `Conv1D`, or a 1x1 `nn.Conv2d`; quantized ones too."""
@@ -25,8 +34,15 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether it is of these classes exactly; a subclass may compute something else."""
-    return type(module) in (nn.Linear, nn.Embedding, nn.Conv2d, *_conv1d())
+    """Whether it computes what these classes do: it is of one, of a subclass that only makes itself in its own way, or
+    of one that is known to compute the same. Any other subclass may compute something else."""
+    plain = (nn.Linear, nn.Embedding, nn.Conv2d, *_conv1d())
+    for kind in type(module).__mro__:
+        if kind in plain or f"{kind.__module__}.{kind.__qualname__}" in KNOWN_TO_COMPUTE_THE_SAME:
+            return True
+        if set(vars(kind)) - WITHOUT_EFFECT:
+            return False
+    return False
 
 
 def base_of(module: nn.Module) -> str:

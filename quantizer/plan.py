@@ -17,7 +17,7 @@ from .errors import PlanError
 from .kinds import empty, shape_of
 from .rules import Resolved, resolve_all, rule_for, unmatched
 from .sharing import shared_codes
-from .surgery import Site, find_sites
+from .surgery import Site, find_sites, own_names
 from .uncovered import Uncovered, bytes_of, distinct, find_uncovered
 
 UNTIED = "untied"
@@ -215,8 +215,10 @@ def _plan_site(
         if index is None:  # a default is not meant for each and every layer; a rule names what it means
             return leave(str(error))
         raise PlanError(str(recipe.error(path, f"layer '{site.label}': {error}"))) from None
-    has_bias = getattr(module, "bias", None) is not None
-    before, after = size, storage_bytes(empty(cls, (n, k), scheme, dtype, has_bias))
+    layer = empty(cls, (n, k), scheme, dtype, getattr(module, "bias", None) is not None)
+    if reason := own_names(module, layer):
+        return leave(reason)
+    before, after = size, storage_bytes(layer)
     if untie:
         before = _bias_bytes(module)
     elif owner and owner != site.name:

@@ -149,8 +149,17 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
 
 
+def own_names(old: nn.Module, new: nn.Module) -> str:
+    """Why `new` cannot have the attributes that the user hung on the old module, or ""."""
+    taken = sorted(old.__dict__.keys() & {*new._buffers, *new._parameters, *new._modules})
+    return f"has an attribute '{taken[0]}', and a {type(new).__name__} keeps a tensor by that name" if taken else ""
+
+
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Hooks, training flag and whatever attributes the user hung on the old module."""
+    """Hooks, training flag and whatever attributes the user hung on the old module. Raises ValueError for a name that
+    is taken."""
+    if reason := own_names(old, new):
+        raise ValueError(reason)
     for hook in HOOKS:
         setattr(new, hook, getattr(old, hook))
     new.training = old.training

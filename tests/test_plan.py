@@ -72,6 +72,7 @@ def test_a_class_name_means_a_subclass_by_its_own_name_only():
         pass
 
     model = nn.Sequential(nn.Linear(16, 16), Mine(16, 16))
+    assert [layer.name for layer in plan({"rules": [{"match": "Mine", "scheme": "w8a32"}]}, model).todo] == ["1"]
     found = plan({"rules": [{"match": "Mine", "skip": "mine"}, {"match": "Linear", "scheme": "w8a32"}]}, model)
     assert [layer.name for layer in found.todo] == ["0"]
 

@@ -111,6 +111,72 @@ def test_a_linear_that_is_more_than_a_linear_is_left_with_a_reason(make, why):
     assert {name: bytes_of(odd.state_dict()[name]) for name in before} == before
 
 
+class OwnStart(nn.Linear):
+    """Only begins in its own way."""
+
+    std: float
+
+    def __init__(self, *args, std=0.1):
+        self.std = std
+        super().__init__(*args)
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=self.std)
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self):
+        return f"std={self.std}"
+
+
+class StillOwnStart(OwnStart):
+    pass
+
+
+class Tempered(nn.Linear):
+    temperature = 2.0
+
+
+class Computed(OwnStart):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+class Called(StillOwnStart):
+    def __call__(self, x):
+        return -super().__call__(x)
+
+
+@pytest.mark.parametrize("kind", [OwnStart, StillOwnStart])
+def test_a_subclass_that_only_makes_itself_in_its_own_way_is_quantized(kind):
+    model = nn.Sequential(kind(18, 18))
+    expected = nn.functional.linear(x := torch.randn(4, 18), model[0].weight, model[0].bias)
+    quantize(model)
+    assert isinstance(model[0], QuantLinear) and (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_the_linear_layer_of_falcon_is_quantized():
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+    model = nn.Sequential(falcon.FalconLinear(18, 20))
+    expected = model(x := torch.randn(4, 18))
+    quantize(model)
+    assert isinstance(model[0], QuantLinear) and (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", [Tempered, Computed, Called])
+def test_a_subclass_with_anything_else_of_its_own_is_left(kind):
+    model = nn.ModuleDict({"odd": kind(18, 18), "fc": nn.Linear(18, 18)})
+    assert "subclass of nn.Linear" in reason(model, "odd")
+
+
+def test_a_layer_with_an_attribute_by_the_name_of_a_tensor_is_left():
+    """A number in the place of the scales would be found at the first forward only."""
+    model = nn.ModuleDict({"odd": nn.Linear(18, 18), "fc": nn.Linear(18, 18)})
+    model["odd"].scale = model["fc"].alpha = 0.5
+    assert "has an attribute 'scale'" in reason(model, "odd")
+    quantize(model)
+    assert type(model["odd"]) is nn.Linear and isinstance(model["fc"], QuantLinear) and model["fc"].alpha == 0.5
+
+
 def test_planning_does_not_run_a_parametrization():
     """spectral_norm takes a step at each access of the weight while training: planning must not be one."""
     seen = []
