@@ -68,13 +68,16 @@ def find_chain(model: nn.Module, layers: set[str], run: Runner) -> Chain | None:
 
 
 def _blocks(model: nn.Module, layers: set[str]) -> list[str]:
-    """The modules of the outermost lists of modules that hold one of the layers."""
-    return [
-        f"{outer}.{child}" if outer else child
-        for outer in outermost_lists(model)
-        if any(inside(layer, outer) for layer in layers)
-        for child, _ in model.get_submodule(outer).named_children()
-    ]
+    """The modules of the outermost lists of modules that hold one of the layers; of a list in a list, its modules."""
+    lists = [outer for outer in outermost_lists(model) if any(inside(layer, outer) for layer in layers)]
+    blocks = []
+    while lists:
+        outer = lists.pop(0)
+        names = [f"{outer}.{child}" if outer else child for child, _ in model.get_submodule(outer).named_children()]
+        inner = [name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)]
+        lists += inner
+        blocks += [name for name in names if name not in inner]
+    return blocks
 
 
 def outermost_lists(model: nn.Module) -> list[str]:
@@ -174,12 +177,13 @@ def _leaves(value: Any) -> Iterator[Any]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Language models without their cache of keys and values: it keeps state from one run of a block to the next."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    # That of a decoder may be a copy of the model's.
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = True
+        for config in caching:
+            config.use_cache = True

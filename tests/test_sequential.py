@@ -123,7 +123,13 @@ def test_what_the_layers_are_calibrated_with_is_what_they_get_in_the_end(data, m
 
 def test_layers_that_read_one_tensor_share_their_statistics(data, monkeypatch):
     taken = {}
-    monkeypatch.setattr(Quantizer, "_graft", lambda self, planned, stats, *rest: taken.update({planned.name: stats}))
+    original = quantizer.graft
+
+    def watched(model, planned, stats, *rest):
+        taken[planned.name] = stats
+        return original(model, planned, stats, *rest)
+
+    monkeypatch.setattr(quantizer, "graft", watched)
     Quantizer(Model(2).eval()).quantize(recipe(), calibration=data, progress=False)
     for block in ("blocks.0", "blocks.1"):
         a, b, c, out = (taken[f"{block}.{name}"] for name in ("a", "b", "c", "out"))
@@ -176,6 +182,44 @@ class Stateful(Model):
         for block in self.blocks:
             x = block(x, scale=memory)
         return self.head(x)
+
+
+class Stages(nn.Module):
+    """Lists in a list, with something between them, as vision models have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(Block() for _ in range(2)) for _ in range(2))
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = x * 1.0
+            for block in stage:
+                x = block(x, scale=1.0)
+        return x
+
+
+def test_lists_of_lists_are_chains_of_the_modules_in_them(data):
+    model = Stages().eval()
+    chain = find_chain(model, {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}, runner(data))
+    assert chain.blocks == [f"stages.{i}.{j}" for i in range(2) for j in range(2)]
+    assert [chain.is_head(block) for block in chain.blocks] == [True, False, True, False]
+    report = quantized(model, data)[1]
+    assert all(row.tokens == 24 * 64 for row in report.layers)
+
+
+def test_a_decoder_with_a_configuration_of_its_own_is_in_the_chain():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    batches = [{n: torch.randint(50, (2, 7)) for n in ("input_ids", "decoder_input_ids")} for _ in range(3)]
+    chain = find_chain(model, {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}, runner(batches))
+    assert chain.blocks == [f"{half}.block.{i}" for half in ("encoder", "decoder") for i in range(2)]
+    assert model.config.use_cache and model.decoder.config.use_cache
+    report = quantized(model, batches)[1]
+    assert len(report.layers) == 32 and all(row.tokens == 42 for row in report.layers)
 
 
 def test_where_there_is_no_chain_one_pass_over_the_float_model_does(data):
