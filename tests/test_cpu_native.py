@@ -1,6 +1,9 @@
 """The native CPU kernels, compiled for every instruction set that this machine has, against the reference."""
 
+import ctypes
+import mmap
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -14,6 +17,7 @@ from qgraft.kernels import ops, reference
 from qgraft.kernels.cpu import native
 from qgraft.kernels.packing import pack_int4, pack_ternary
 
+LIBC = ctypes.CDLL(None)
 # Options that take instructions away, so that one machine stands for older ones.
 VARIANTS = {
     "native": (),
@@ -130,6 +134,40 @@ def test_w4a16_is_the_reference(lib, rank, group_size, rotate, dtype):
             assert relative(ops.w4a16_linear(*args), reference.w4a16_linear(*args)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size, zero_point", [(32, True), (64, False), (96, True), (352, False)])
+def test_w4a16_for_every_number_of_tokens(lib, dtype, group_size, zero_point):
+    """Few tokens are multiplied in another way than many. K is odd, and rows may end in half a step of 64 features."""
+    n, k, rank = 45, 331, 7
+    groups = -(-k // group_size)
+    x = with_outliers(256, 2 * k, dtype)[:, ::2]
+    weight = (
+        torch.randint(0, 256, (n, groups * group_size // 2), dtype=torch.uint8),
+        random_scale(n, groups).to(dtype),
+        torch.randint(-8, 8, (n, groups), dtype=torch.int8) if zero_point else None,
+    )
+    smooth, down, up = torch.rand(k) + 0.5, torch.randn(k, rank).to(dtype), torch.randn(n, rank).to(dtype)
+    bias, rotate = torch.randn(n).to(dtype), group_size in (32, 64)
+    exact = x.double() @ reference.w4a16_dequantize(k, *weight, smooth, down, up, group_size, rotate).double().t()
+    exact += bias.double()
+    for m in (*range(1, 18), 31, 32, 64, 256):
+        y = ops.w4a16_linear(x[:m], *weight, smooth, down, up, bias, group_size, rotate)
+        assert relative(y, exact[:m]) < TOLERANCE[dtype]
+
+
+def test_w4a16_ends_where_its_weight_ends(lib):
+    """A weight at the very end of a mapped page: reading on would be a crash."""
+    n, k = 3, 96
+    page = mmap.PAGESIZE
+    held = torch.frombuffer(mmap.mmap(-1, 16 * page), dtype=torch.uint8)
+    qweight = held[: 15 * page][-n * k // 2 :].view(n, k // 2).random_(0, 256)
+    assert LIBC.mprotect(ctypes.c_void_p(held.data_ptr() + 15 * page), page, 0) == 0
+    args = (qweight, random_scale(n, 3), None, None, None, None, None, 32, False)
+    for m in (1, 5, 40):
+        x = torch.randn(m, k).bfloat16()
+        assert relative(ops.w4a16_linear(x, *args), reference.w4a16_linear(x, *args)) < TOLERANCE[x.dtype]
+
+
 def svdq_args(m, n, k, group_size, rank, act_bits, dtype=torch.float32, rotate=True):
     padded = -(-k // group_size) * group_size
     return (
@@ -236,6 +274,33 @@ def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads(lib, m):
                 assert torch.equal(run(), first), name
         finally:
             torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a16", "svdq"])
+def test_the_memory_of_a_call_is_kept_for_the_next(lib, name):
+    """Pages mapped anew at each call would take longer than a short product."""
+    run = all_ops(600, n=8, k=4096)[name]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run(), run()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            run()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    finally:
+        torch.set_num_threads(before)
+    codes = 600 * 4096  # bytes, at the least
+    assert faults < codes / mmap.PAGESIZE
+
+
+def test_a_call_larger_than_what_is_kept(lib):
+    qweight, scale = random_int8(3, 4096), random_scale(3)
+    some = torch.randn(60, 4096)
+    exact = some.double() @ (qweight.double() * scale.double()[:, None]).t()
+    for times in (70, 1, 70):  # 70: 69 MB
+        y = ops.w8a32_linear(some.repeat(times, 1), qweight, scale, None)
+        assert relative(y, exact.repeat(times, 1)) < 1e-6
 
 
 def test_several_threads_of_python_at_once(lib):

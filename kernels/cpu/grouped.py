@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import reference
 from ..operands import require
@@ -33,12 +32,10 @@ def w8_group_linear(
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
-    act = x if x.dtype is torch.bfloat16 and lib.features & native.BF16 else x.float()
-    step = lib.vector_bytes // act.element_size()
-    act = act.contiguous() if k % step == 0 else F.pad(act, (0, -k % step))
+    act = x.contiguous()
     if lib.qg_w8_group(
-        act.data_ptr(), TYPES[act.dtype], act.shape[1], qweight.data_ptr(), scale.data_ptr(), _address(zero_point),
-        _address(bias), 0 if bias is None else TYPES[bias.dtype], y.data_ptr(), TYPES[y.dtype], m, n, k, group_size,
+        act.data_ptr(), TYPES[act.dtype], qweight.data_ptr(), scale.data_ptr(), _address(zero_point), _address(bias),
+        0 if bias is None else TYPES[bias.dtype], y.data_ptr(), TYPES[y.dtype], m, n, k, group_size,
     ):  # fmt: skip
         raise MemoryError(f"{op}: no memory for the activations")
     return y

@@ -41,11 +41,8 @@ def _w8(op: str, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
     y = x.new_empty(m, n)
     if y.numel() == 0:
         return y
-    act = x if x.dtype is torch.bfloat16 and lib.features & native.BF16 else x.float()
-    step = lib.vector_bytes // act.element_size()
-    act = act.contiguous() if k % step == 0 else torch.nn.functional.pad(act, (0, -k % step))
-    _call(op, lib.qg_w8, act.data_ptr(), TYPES[act.dtype], act.shape[1], qweight.data_ptr(), scale.data_ptr(),
-          *_typed(bias), *_typed(y), m, n, k)  # fmt: skip
+    act = _activations(x)
+    _call(op, lib.qg_w8, *_typed(act), qweight.data_ptr(), scale.data_ptr(), *_typed(bias), *_typed(y), m, n, k)
     return y
 
 

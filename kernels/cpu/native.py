@@ -142,8 +142,8 @@ _SHORT = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}
 # Arguments of each function of kernels.cpp, in order: pointers, 32-bit and 64-bit integers.
 _SIGNATURES = {
     "qg_features": "",
-    "qg_w8": "pil pp pi pi lll",
-    "qg_w8_group": "pil ppp pi pi llll",
+    "qg_w8": "pi pp pi pi lll",
+    "qg_w8_group": "pi ppp pi pi llll",
     "qg_w8a8": "pip pppp i pi pi lllll",
     "qg_bitnet": "pi pp pi pi lll",
     "qg_w4_float": "pippi ppi p pi pi pi lllll ii l",
@@ -162,7 +162,6 @@ def _load(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{path} could not be loaded ({error}); remove it to have it compiled again") from error
     lib.features = lib.qg_features()
-    lib.vector_bytes = 64 if lib.features & AVX512 else 32
     return lib
 
 

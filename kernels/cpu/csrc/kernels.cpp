@@ -2,7 +2,7 @@
 // no memory. Tensors are contiguous; types are those of `Type`.
 #include "bitnet.h"
 #include "svdq.h"
-#include "w4a16.h"
+#include "w4a16_few.h"
 #include "w8.h"
 #include "w8_group.h"
 #include "w8a8.h"
@@ -14,39 +14,38 @@ using namespace qg;
 // What the machine can do, as bits: 1 AVX-512, 2 eight-bit dot products, 4 bfloat16 ones.
 QG_EXPORT int32_t qg_features() { return QG_AVX512 | QG_VNNI << 1 | QG_BF16 << 2; }
 
-template <class T>
-static int w8(const typename T::A* x, int64_t ldx, const int8_t* qweight, const float* scale, const Output& out,
-              int64_t m, int64_t k) {
-  return gemm<T>(x, ldx, m, out.n, round_up(k, T::STEP), W8<T>{qweight, scale, k, out});
-}
-
-// W8A32 and W8A16. Rows of x are whole vectors long (ldx elements, zeros past k), and float32 or, with x_type,
-// bfloat16.
-QG_EXPORT int32_t qg_w8(const void* x, int32_t x_type, int64_t ldx, const int8_t* qweight, const float* scale,
-                        const void* bias, int32_t bias_type, void* y, int32_t type, int64_t m, int64_t n, int64_t k) {
-  const Output out{y, Type(type), n, bias, Type(bias_type)};
+// Calls run with the kind of product for activations of a type: bfloat16 is multiplied as it is where the machine can.
+template <class Run>
+static int with_kind_of(Type type, const Run& run) {
 #if QG_BF16
-  if (x_type == BFLOAT16) return w8<Bfloat16>((const bf16*)x, ldx, qweight, scale, out, m, k);
+  if (type == BFLOAT16) return run(Bfloat16());
 #endif
-  (void)x_type;
-  return w8<Float32>((const float*)x, ldx, qweight, scale, out, m, k);
+  (void)type;
+  return run(Float32());
 }
 
-// Rows of x as for qg_w8. Groups are whole multiples of 32 features; the last one may be short.
-QG_EXPORT int32_t qg_w8_group(const void* x, int32_t x_type, int64_t ldx, const int8_t* qweight, const float* scale,
+// W8A32 and W8A16.
+QG_EXPORT int32_t qg_w8(const void* x, int32_t x_type, const int8_t* qweight, const float* scale, const void* bias,
+                        int32_t bias_type, void* y, int32_t type, int64_t m, int64_t n, int64_t k) {
+  const Output out{y, Type(type), n, bias, Type(bias_type)};
+  return with_kind_of(Type(x_type), [&](auto kind) {
+    using T = decltype(kind);
+    const Whole<T> act({x, Type(x_type), m, k});
+    return act.data ? gemm<T>(act.data, act.k, m, n, act.k, W8<T>{qweight, scale, k, out}) : 1;
+  });
+}
+
+// Groups are whole multiples of 32 features; the last one may be short.
+QG_EXPORT int32_t qg_w8_group(const void* x, int32_t x_type, const int8_t* qweight, const float* scale,
                               const int8_t* zero_point, const void* bias, int32_t bias_type, void* y, int32_t type,
                               int64_t m, int64_t n, int64_t k, int64_t group_size) {
   const Output out{y, Type(type), n, bias, Type(bias_type)};
-  const auto run = [&](auto kind) {
+  return with_kind_of(Type(x_type), [&](auto kind) {
     using T = decltype(kind);
+    const Whole<T> act({x, Type(x_type), m, k});
     const W8Group<T> layer{qweight, scale, zero_point, k, group_size, (k + group_size - 1) / group_size, out};
-    return gemm<T>((const typename T::A*)x, ldx, m, n, round_up(k, T::STEP), layer);
-  };
-#if QG_BF16
-  if (x_type == BFLOAT16) return run(Bfloat16());
-#endif
-  (void)x_type;
-  return run(Float32());
+    return act.data ? gemm<T>(act.data, act.k, m, n, act.k, layer) : 1;
+  });
 }
 
 // rotation: features of a group that is rotated, or 0; k features are padded to whole groups, `padded` in all.
@@ -98,7 +97,13 @@ QG_EXPORT int32_t qg_w4_float(const void* x, int32_t x_type, const float* smooth
     return gemm<T>(act.data, padded, m, n, padded, layer);
   };
 #if QG_BF16
-  if (type == BFLOAT16 && !act_bits) return run(Bfloat16());
+  if (type == BFLOAT16 && !act_bits) {
+    if (m >= WIDE_TOKENS) return run(Bfloat16());
+    const Memory<bf16> act(m * W4A16Few::wide(padded));
+    if (!act.data || W4A16Few::prepare(tokens, smooth_factor, padded, group_size, rotate, act.data)) return 1;
+    const W4A16<Bfloat16> layer{qweight, scale, Type(scale_type), zero_point, padded, group_size, out};
+    return W4A16Few{layer, act.data, m}.run();
+  }
 #endif
   return run(Float32());
 }

@@ -1,8 +1,34 @@
 // W8A32 and W8A16: int8 weights, exact in float32 and in bfloat16, times float activations; the scale comes last.
 #pragma once
-#include "output.h"
+#include "activations.h"
 
 namespace qg {
+
+// Activations as T multiplies them: of its type, in rows of whole vectors with zeros at the end. A copy, unless they
+// come like that; `data` is null if there is no memory.
+template <class T>
+struct Whole {
+  using A = typename T::A;
+  int64_t k;
+  bool as_they_come;
+  Memory<A> copy;
+  const A* data;
+
+  explicit Whole(const Rows& x)
+      : k(round_up(x.k, T::STEP)),
+        as_they_come(k == x.k && x.type == (std::is_same_v<A, float> ? FLOAT32 : BFLOAT16)),
+        copy(as_they_come ? 0 : x.m * k),
+        data(as_they_come ? (const A*)x.data : copy.data) {
+    if (as_they_come || !data) return;
+#pragma omp parallel for if (x.m * k > PARALLEL_WORK / 16)
+    for (int64_t t = 0; t < x.m; t++) {
+      A* row = copy.data + t * k;
+      if constexpr (std::is_same_v<A, float>) to_floats(x, t * x.k, x.k, row);
+      else memcpy(row, (const A*)x.data + t * x.k, sizeof(A) * x.k);
+      std::fill(row + x.k, row + k, A(0));
+    }
+  }
+};
 
 template <class T>
 struct W8 {

@@ -1,7 +1,7 @@
 // int8 weights with a scale, and maybe a zero point, for each group of features: dequantized on their way to a float
 // product, as in w4a16.h.
 #pragma once
-#include "output.h"
+#include "w8.h"
 
 namespace qg {
 
