@@ -63,7 +63,7 @@ def peak_of(call: Callable[[], object], device: str) -> int | None:
     except OSError:
         return None
     call()
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     return None if before is None or peak is None else max(peak - before, 0)
 
 
@@ -76,10 +76,11 @@ def _in_use(device: str) -> int | None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _status(field: str) -> int | None:
+def status(field: str) -> int | None:
+    """A line of the process's own /proc/self/status, in bytes; None where there is none."""
     status = Path("/proc/self/status")
     for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
         if line.startswith(field + ":"):

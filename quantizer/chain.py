@@ -54,7 +54,7 @@ def find_chain(model: nn.Module, layers: set[str], run: Runner) -> Chain | None:
     None if the data is a function, if fewer than two blocks hold a layer, or if a block is called more than once, takes
     objects that keep state, or if more than MOST_HEADS blocks take nothing from the one before.
     """
-    blocks = _blocks(model, layers)
+    blocks = find_blocks(model, layers)
     if not run.batches or sum(any(inside(layer, block) for layer in layers) for block in blocks) < 2:
         return None
     watch = _Watch()
@@ -67,9 +67,17 @@ def find_chain(model: nn.Module, layers: set[str], run: Runner) -> Chain | None:
     return chain if sum(map(chain.is_head, chain.blocks)) <= MOST_HEADS else None
 
 
-def _blocks(model: nn.Module, layers: set[str]) -> list[str]:
-    """The modules of the outermost lists of modules that hold one of the layers; of a list in a list, its modules."""
-    lists = [outer for outer in outermost_lists(model) if any(inside(layer, outer) for layer in layers)]
+def find_blocks(model: nn.Module, layers: set[str] | None = None) -> list[str]:
+    """The modules of the outermost lists of modules; of a list in a list, its modules.
+
+    layers: leave out lists that hold none of these.
+    """
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(inside(name, outer) for outer in lists):
+            lists.append(name)
+    if layers is not None:
+        lists = [outer for outer in lists if any(inside(layer, outer) for layer in layers)]
     blocks = []
     while lists:
         outer = lists.pop(0)
@@ -78,15 +86,6 @@ def _blocks(model: nn.Module, layers: set[str]) -> list[str]:
         lists += inner
         blocks += [name for name in names if name not in inner]
     return blocks
-
-
-def outermost_lists(model: nn.Module) -> list[str]:
-    """The names of the lists of modules that are in no other."""
-    lists: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(inside(name, outer) for outer in lists):
-            lists.append(name)
-    return lists
 
 
 def inside(name: str, outer: str) -> bool:

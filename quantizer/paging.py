@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..layers import QuantLayer
 from .calibration import Runner
-from .chain import inside, outermost_lists
+from .chain import find_blocks, inside, without_cache
 from .checkpoint import join
 from .errors import PlanError, some
 from .float_files import CannotStream, FloatFiles
@@ -54,9 +54,9 @@ class PagedModel:
         self.unchecked = {planned.name: planned.label for planned in plan.todo}
         self.fused = {unit.home: unit for unit in make_units(skeleton, plan) if unit.fused}
         self.model = split_experts(copy.deepcopy(skeleton), self.unchecked).eval()
-        if getattr(getattr(self.model, "config", None), "use_cache", False):
-            self.model.config.use_cache = False  # each batch has its own, of all blocks so far
-        self.blocks = self._find_blocks()
+        self.blocks = find_blocks(self.model)
+        if not self.blocks:
+            raise CannotStream("the model has no list of blocks (nn.ModuleList) to have in memory one at a time")
         self.names = self._sort()
         self.resident = ""
         self._read("")
@@ -176,15 +176,6 @@ class PagedModel:
     def _block_of(self, name: str) -> str:
         return next((block for block in self.blocks if inside(name, block)), "")
 
-    def _find_blocks(self) -> list[str]:
-        lists = outermost_lists(self.model)
-        blocks = [
-            f"{outer}.{child}" for outer in lists for child, _ in self.model.get_submodule(outer).named_children()
-        ]
-        if not blocks:
-            raise CannotStream("the model has no list of blocks (nn.ModuleList) to have in memory one at a time")
-        return blocks
-
     def _sort(self) -> dict[str, list[str]]:
         """The names of the tensors to read for each block; "": for what lies in none, or in several."""
         split = {join(unit.home, leaf) for unit in self.fused.values() for leaf in unit.leaves}
@@ -210,4 +201,5 @@ class PagedRunner(Runner):
         self.paged = paged
 
     def each(self, step: Callable[[int], T]) -> list[T]:
-        return self.paged.abreast(partial(step, index) for index in range(len(self.batches)))
+        with without_cache(self.paged.model):  # each batch would keep its own, of all blocks so far
+            return self.paged.abreast(partial(step, index) for index in range(len(self.batches)))

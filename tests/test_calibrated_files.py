@@ -2,13 +2,14 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_sequential import WIDTH, Model
-from test_streaming import MODELS, RULES, content
+from test_streaming import MODELS, RULES, content, run
 from torch import nn
 
 import qgraft
@@ -258,3 +259,62 @@ def test_data_that_does_not_run_says_why_and_leaves_nothing(made, data):
         run.stream(data)
     assert sorted(f.name for f in run.base.iterdir()) == ["model"]
     assert load_file(run.base / "model" / "model.safetensors").keys() == run.model.state_dict().keys()
+
+
+# -- larger than memory ------------------------------------------------------------------------------------------------
+
+LARGE = """
+import resource, sys
+import torch
+from torch import nn
+import qgraft
+from qgraft.benchmarks.memory import status
+
+torch.set_num_threads(1)
+folder, out, count = sys.argv[1:]
+
+class Model(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        pairs = ((nn.Linear(512, 1024), nn.Linear(1024, 512)) for _ in range(count))
+        self.layers = nn.ModuleList(nn.Sequential(up, nn.GELU(), down) for up, down in pairs)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+recipe = qgraft.Recipe.from_dict({"scheme": {"name": "w8a8_static"}, "calibration": {"samples": 99}})
+data = [torch.randn(1, 8, 512) for _ in range(4)]
+with torch.device("meta"):
+    skeleton = Model(int(count))
+qgraft.Quantizer(Model(2)).quantize(recipe, calibration=data, progress=False)  # what that imports is no part of it
+files = sum(2 ** 20 * 4 for _ in skeleton.layers)
+used = status("VmSize")
+resource.setrlimit(resource.RLIMIT_AS, (used + files * 2 // 3,) * 2)
+qgraft.quantize_files(folder, recipe, out, model=skeleton, calibration=data, shard_bytes=files // 8, progress=False)
+grown = status("VmPeak") - used
+try:
+    Model(int(count))
+    print("it fits")
+except (RuntimeError, MemoryError):
+    print(grown)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_a_model_larger_than_the_memory_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # else glibc keeps much of what is freed
+    (tmp_path / "model").mkdir()
+    count, weight_map = 24, {}
+    for i in range(count):
+        shapes = {"0.weight": (1024, 512), "0.bias": (1024,), "2.weight": (512, 1024), "2.bias": (512,)}
+        tensors = {f"layers.{i}.{name}": torch.randn(shape) / 64 for name, shape in shapes.items()}
+        save_file(tensors, tmp_path / "model" / f"{i}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{i}.safetensors")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    grown = int(run(LARGE, tmp_path / "model", tmp_path / "out", count))
+    print(
+        f"{4 * count} MiB of weights calibrated and quantized with a peak of {grown >> 20} MiB above what was imported"
+    )
+    assert grown < 4 * count * 2 // 3 << 20

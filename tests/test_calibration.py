@@ -1,6 +1,7 @@
 """Running data through a model to collect statistics: any form of data, and a model left as it was."""
 
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -346,3 +347,46 @@ def test_a_mask_of_another_shape_is_left_alone():
     batch = {"x": torch.randn(3, 7, WIDTH), "attention_mask": torch.ones(3, 7)}
     quantizer.quantize(recipe(), calibration=[batch], progress=False)
     assert quantizer.report.layers[0].tokens == 3
+
+
+@dataclass
+class Condition:
+    scale: torch.Tensor
+    name: str
+
+
+class Nested(nn.Module):
+    """Takes what some diffusion transformers take: tensors in a dict among its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, more):
+        condition, pair = more["condition"], more["pair"]
+        assert condition.name == "size" and type(pair) is list and len(x) == len(condition.scale) == len(pair[1][0])
+        return self.q(x * condition.scale + pair[1][0])
+
+
+def test_tensors_inside_of_what_a_batch_holds_are_cut_and_moved_with_it():
+    def batch(rows):
+        scale, shift = torch.randn(rows, 1, 1), torch.randn(rows, 1, 1)
+        return {
+            "x": torch.randn(rows, 3, WIDTH),
+            "more": {"condition": Condition(scale, "size"), "pair": [1, (shift,)]},
+        }
+
+    run = calibration.make_runner([batch(5), batch(5)], CalibrationSpec(samples=7, tokens=3), progress=False)
+    assert run.batches[1]["more"]["pair"][1][0].shape == (2, 1, 1)
+    model = Nested()
+    stats = calibration.collect(model, {"q": model.q}, {"q": frozenset()}, run)
+    assert stats["q"].tokens == 7 * 3
+    with pytest.raises(CalibrationError, match=r"batch 0 .*meta"):
+        calibration.Runner(run.batches, progress=False, device=torch.device("meta"))(model)
+    found = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: found.append(kwargs), with_kwargs=True)
+    model.to("meta")
+    run.run(model, 0)
+    (moved,) = found
+    assert moved["x"].is_meta and moved["more"]["condition"].scale.is_meta and moved["more"]["pair"][1][0].is_meta
+    assert not run.batches[0]["more"]["condition"].scale.is_meta

@@ -145,9 +145,6 @@ def test_what_cannot_be_streamed_is_loaded_as_a_whole_or_refused_if_streaming_wa
     assert "neither model.safetensors nor" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert cli.main([*command, str(tmp_path / "out")]) == 0
     assert "as a whole" in capsys.readouterr().err and (tmp_path / "out").exists()
-    (tmp_path / "text.txt").write_text("text")
-    assert cli.main([*command, str(tmp_path / "o"), "--stream", "--calibration", str(tmp_path / "text.txt")]) == 1
-    assert "calibration" in capsys.readouterr().err
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
