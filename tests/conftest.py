@@ -7,12 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Before any import of torch: several workers, and what they start, share the cores. Threads of one that wait for
-# those of another are far slower than one thread.
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+# Before any import of torch. Models here are so small that a second thread only waits for the first: on a busy machine
+# of two cores that took ten times the processor time. What is tested with threads sets their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import random
 
 import pytest
@@ -27,3 +26,9 @@ def seed(request) -> int:
     random.seed(value)
     print(f"QGRAFT_TEST_SEED={value}")
     return value
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not walk through it again for every test."""
+    gc.collect()
+    gc.freeze()
