@@ -130,14 +130,15 @@ int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, c
       for (int r = rows / TILE_N * TILE_N; r < tiled; r += TILE_N)
         memset(weight.row(r), 0, sizeof(typename T::B) * TILE_N * Unpacked<T>::elements(weight.length));
       layer.unpack(row, rows, start, weight, block);
+      const int64_t done = wide ? turned_of(tokens) : 0;
       if constexpr (T::WIDE)
-        if (wide) {
+        if (done) {
           const char* const at = layer.stored(next_row, next);
           Fetch fetch(at, layer.stored(next_row, next + weight.length) - at, layer.stored(next_row + 1, next) - at);
-          wide_panel<T>(turned.data + m0 * k, k, start, weight, fetch, sums, rows_max, tiled, tokens);
-          continue;
+          wide_panel<T>(turned.data + m0 * k, k, start, weight, fetch, sums, rows_max, tiled, done);
         }
-      tiles_of_panel<T>(a + m0 * lda + start, lda, weight, sums, rows_max, tiled, tokens);
+      tiles_of_panel<T>(a + (m0 + done) * lda + start, lda, weight, sums + done * rows_max, rows_max, tiled,
+                        tokens - done);
     }
     layer.finish(m0, tokens, row, rows, sums, rows_max, block);
   }

@@ -18,6 +18,12 @@ constexpr int64_t CHUNK_BYTES_WIDE = 2048;
 // Fewer tokens leave too many lanes empty.
 constexpr int64_t WIDE_TOKENS = 32;
 
+// How many of a panel's tokens are turned: a vector that would be half empty is left to the tile of `gemm.h`.
+inline int64_t turned_of(int64_t tokens) {
+  const int64_t rest = tokens % LANES;
+  return rest > LANES / 2 ? tokens : tokens - rest;
+}
+
 // The vectors of a panel stand in groups, each a tile wide, and as equal as they can be.
 struct Groups {
   int64_t vectors, count;
@@ -117,7 +123,7 @@ void turn_panels(const typename T::A* a, int64_t lda, int64_t m, int64_t k, int6
 #pragma omp parallel for if (m * k > TURN_WORK)
   for (int64_t task = 0; task < panels * most; task++) {
     const int64_t m0 = task / most * panel, g = task % most;
-    const Groups groups(std::min(panel, m - m0));
+    const Groups groups(turned_of(std::min(panel, m - m0)));
     if (g >= groups.count) continue;
     const int64_t from = m0 + groups.begin(g) * LANES;
     turn_tokens((const char*)(a + from * lda), lda * sizeof(typename T::A), m - from, k / WORD, groups.width(g),
@@ -125,7 +131,7 @@ void turn_panels(const typename T::A* a, int64_t lda, int64_t m, int64_t k, int6
   }
 }
 
-// All tokens of a panel, as `turn_tokens` left them, times one piece of the weight: features [start, start + length).
+// The turned tokens of a panel times one piece of the weight: features [start, start + length).
 template <class T>
 inline void wide_panel(const typename T::A* panel, int64_t k, int64_t start, const Unpacked<T>& weight, Fetch& fetch,
                        typename T::Sum* sums, int64_t lds, int rows, int64_t tokens) {
