@@ -1,10 +1,11 @@
 """What the layers with int4 weights share: groups, smoothing, rotation, and the 16-bit low-rank branch.
 
     W'   = (W diag(s)) H         smoothed, padded to whole groups, rotated inside each
-    U D  = the best rank-r part of W'
+    U D  = the rank-r part of W' that leaves what 4 bits hold best
     R    = W' - U D              the residual, which a subclass rounds to int4
 
-A subclass's Scheme has the options rank, group_size, rotate and svd; one that smooths sets smooth_factor first.
+A subclass's Scheme has the options rank, group_size, rotate, svd and iterations; one that smooths sets smooth_factor
+first.
 """
 
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 from ..kernels import reference
 from ..kernels.operands import HALF
-from .algorithms.lowrank import low_rank
+from .algorithms.alternation import alternate
+from .algorithms.rounding import round_to_groups
 from .base import QuantLinear
 
 
@@ -66,7 +68,8 @@ class Int4Linear(QuantLinear):
 
     def _split_off_branch(self, weight: Tensor) -> Tensor:
         """Fill proj_up and proj_down from the weight (N, Kp); return what is left of it."""
-        up, down = low_rank(weight, self.scheme.rank, self.scheme.svd)
+        s = self.scheme
+        up, down = alternate(weight, s.rank, s.svd, lambda rest: round_to_groups(rest, self.group_size), s.iterations)
         if self.scheme.rotate:
             down = reference.rotate_groups(down, self.group_size)  # back: H is its own inverse
         down = down[:, : self.in_features]

@@ -3,27 +3,30 @@
 After SVDQuant (Li et al., arXiv 2411.05007), with a Hadamard rotation inside each group and two-level scales:
 
     W'   = (W diag(s)) H                     smoothed, rotated weight
-    U D  = the best rank-r part of W'        in 16 bit
+    U D  = a rank-r part of W'               in 16 bit
     R    = W' - U D                          the residual, in int4
     x'   = (x / s) H                         in int4, per token and group, at run time; int8 per token in W4A8
     y    = Q(x') Q(R)^T + x (diag(1/s) H D^T) U^T + bias
 
-The down-projection is stored in the basis of x as it comes: the branch sees neither smoothing nor rotation.
+The down-projection is stored in the basis of x as it comes: the branch sees neither smoothing nor rotation. s may be
+negative: the signs of features before the rotation are part of it.
 """
 
 import math
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..kernels import ops, reference
 from ..kernels.operands import FOLDED_PRODUCT, require_int32_sums
 from ..kernels.packing import pack_int4
 from ..kernels.reference import TINY
-from .algorithms import rounding, smoothing
+from .algorithms import rounding, signs, smoothing
 from .algorithms.gptq import gptq_int4
+from .algorithms.lowrank import low_rank
 from .base import Scheme, register
 from .int4 import Int4Linear
 from .stats import Stats
@@ -53,6 +56,12 @@ class SVDQScheme(Scheme):
         "SmolLM2's perplexity from 41 to 70)",
     )
     rotate: bool = Field(True, description="Hadamard rotation inside each group")
+    rotation_signs: Literal["auto", "searched", "random", "none"] = Field(
+        "auto",
+        description="signs of the features before the rotation, kept in smooth_factor; searched: for each group the "
+        "best of 32, needs calibration data; 'auto': searched if there is any, else random, and none where nothing is "
+        "rotated or smoothed",
+    )
     scales: Literal["two_level", "group", "group_half"] = Field(
         "two_level",
         description="two_level: one float a row times an integer 1..16 a group, one int8 product for the whole "
@@ -63,6 +72,25 @@ class SVDQScheme(Scheme):
         "auto", description="gptq needs calibration data; 'auto': gptq if there is any, else nearest"
     )
     svd: Literal["randomized", "exact"] = Field("randomized", description="solver of the low-rank branch")
+    iterations: int = Field(
+        8,
+        ge=0,
+        le=100,
+        description="turns at most of branch and residual, each made for what the other leaves; 0: the plain SVD",
+    )
+
+    @model_validator(mode="after")
+    def _signs_need_a_rotation(self) -> "SVDQScheme":
+        if not self.rotate and self.rotation_signs in ("searched", "random"):
+            raise ValueError(
+                f"rotation_signs: {self.rotation_signs} has no rotation to serve; set rotate: true, or "
+                "rotation_signs: none"
+            )
+        return self
+
+    def has_factor(self) -> bool:
+        """Whether x is divided by a smooth_factor."""
+        return self.smooth != "none" or self.rotation_signs in ("searched", "random")
 
     def check_shape(self, in_features: int, out_features: int) -> None:
         if self.rank > min(in_features, out_features):
@@ -75,6 +103,8 @@ class SVDQScheme(Scheme):
     def needs_data(self) -> str:
         if self.smooth == "activations":
             return "smooth: activations needs calibration data; give some, or set smooth: weights"
+        if self.rotation_signs == "searched":
+            return "rotation_signs: searched needs calibration data; give some, or set rotation_signs: random"
         if self.rounding == "gptq":
             return "rounding: gptq needs calibration data; give some, or set rounding: rtn"
         return ""
@@ -101,7 +131,7 @@ class SVDQW4A4Linear(Int4Linear):
         super()._allocate(device)
         n, groups = self.out_features, self.padded_features // self.group_size
         two_level = self.scheme.scales == "two_level"
-        self._buffer("smooth_factor", (self.in_features,), torch.float32, device, self.scheme.smooth != "none")
+        self._buffer("smooth_factor", (self.in_features,), torch.float32, device, self.scheme.has_factor())
         self._buffer("scale", (n,) if two_level else (n, groups), torch.float32, device)
         self._buffer("group_scale", (n, groups), torch.uint8, device, two_level)
 
@@ -109,8 +139,11 @@ class SVDQW4A4Linear(Int4Linear):
         s = self.scheme
         if stats is None and s.needs_data():
             raise ValueError(s.needs_data())
-        if s.smooth != "none":
+        if s.has_factor():
             self.smooth_factor = self._as_stored(self._smooth(weight.float(), stats))
+            chosen = self._signs(weight, stats)
+            if chosen is not None:
+                self.smooth_factor = self.smooth_factor * chosen
         weight = self._residual(weight)  # (N, Kp)
         if s.scales == "two_level":
             self.scale, self.group_scale = rounding.two_level_scales(weight, s.group_size)
@@ -123,6 +156,21 @@ class SVDQW4A4Linear(Int4Linear):
             codes = rounding.round_int4(weight, steps.repeat_interleave(s.group_size, 1)).to(torch.int8)
         self.qweight = pack_int4(codes)
 
+    def _signs(self, weight: Tensor, stats: Stats | None) -> Tensor | None:
+        """(K,) of -1 and 1 on the weight's device, or None; weight (N, K)."""
+        s, k = self.scheme, self.in_features
+        if not s.rotate or s.rotation_signs == "none":
+            return None
+        if stats is None or s.rotation_signs == "random":
+            return signs.random_signs(k).to(weight.device)
+        rows = weight[:: -(-len(weight) // SEARCH_ROWS)].float() * self.smooth_factor
+        if s.rank:  # what the branch takes is not rounded
+            up, down = low_rank(rows, min(s.rank, len(rows)))
+            rows = rows - up @ down
+        inputs = stats.sample / self.smooth_factor
+        padding = (0, self.padded_features - k)
+        return signs.search_signs(F.pad(inputs, padding), F.pad(rows, padding), self.group_size)[:k]
+
     def _as_stored(self, factors: Tensor) -> Tensor:
         """Positive float32 numbers, with scales: group_half rounded to what the layer's 16-bit type holds."""
         if self.scheme.scales != "group_half":
@@ -132,6 +180,8 @@ class SVDQW4A4Linear(Int4Linear):
 
     def _smooth(self, weight: Tensor, stats: Stats | None) -> Tensor:
         """The factor, (K,); notes the alpha that it is made with."""
+        if self.scheme.smooth == "none":
+            return torch.ones(self.in_features, device=weight.device)
         alpha = self.scheme.smooth_alpha
         if stats is None or self.scheme.smooth == "weights":
             alpha = ALPHA_BY_WEIGHTS if alpha is None else alpha
@@ -139,7 +189,13 @@ class SVDQW4A4Linear(Int4Linear):
         else:
             if alpha is None:
                 rows = weight[:: -(-len(weight) // SEARCH_ROWS)]
-                alpha = smoothing.search_alpha(lambda alpha: self._output_error(rows, stats, smooth_alpha=alpha))
+                # Without what would take long thirteen times, and moves the best share little.
+                quick: dict[str, Any] = {"iterations": 0}
+                if self.scheme.rotation_signs != "random":
+                    quick["rotation_signs"] = "none"
+                alpha = smoothing.search_alpha(
+                    lambda alpha: self._output_error(rows, stats, smooth_alpha=alpha, **quick)
+                )
             factor = smoothing.smooth_by_activations(weight, stats.absmax, alpha)
         self.chosen_alpha = alpha
         return factor
@@ -151,12 +207,22 @@ class SVDQW4A4Linear(Int4Linear):
         """
         s, rows = self.scheme, weight.float()[:: -(-len(weight) // SEARCH_ROWS)]
         chosen = {"smooth_alpha": self.chosen_alpha, "rounding": s.rounding}
-        without = {"smoothing": {"smooth": "none"}, "rotation": {"rotate": False}, "branch": {"rank": 0}}
-        without["gptq"] = {"rounding": "rtn"}
+        signs = s.rotation_signs if s.rotate and s.has_factor() else "none"
+        without = {
+            # Signs that are there by themselves go with the smoothing: they are not part of what it is worth.
+            "smoothing": {"smooth": "none", "rotation_signs": "searched" if signs == "auto" else signs},
+            "rotation": {"rotate": False},
+            "signs": {"rotation_signs": "none"},
+            "branch": {"rank": 0},
+            "iterations": {"iterations": 0},
+            "gptq": {"rounding": "rtn"},
+        }
         used = {
             "smoothing": s.smooth != "none",
             "rotation": s.rotate,
+            "signs": signs != "none",
             "branch": s.rank > 0,
+            "iterations": s.rank > 0 and s.iterations > 0,
             "gptq": s.rounding != "rtn",
         }
         least = max(self._output_error(rows, stats, **chosen), TINY)

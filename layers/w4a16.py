@@ -38,6 +38,12 @@ class W4A16Scheme(Scheme):
     )
     rank: int = Field(0, ge=0, le=1024, description="rank of a 16-bit low-rank branch; 0: no branch")
     svd: Literal["randomized", "exact"] = Field("randomized", description="solver of the low-rank branch")
+    iterations: int = Field(
+        8,
+        ge=0,
+        le=100,
+        description="turns at most of branch and residual, each made for what the other leaves; 0: the plain SVD",
+    )
 
     @model_validator(mode="after")
     def _rotation_needs_groups(self) -> "W4A16Scheme":

@@ -5,15 +5,19 @@ import time
 import pytest
 import torch
 
+from qgraft.kernels.reference import rotate_groups
 from qgraft.layers import Stats
+from qgraft.layers.algorithms.alternation import alternate
 from qgraft.layers.algorithms.gptq import DAMPING, GPTQError, gptq_int4
 from qgraft.layers.algorithms.lowrank import low_rank, randomized_svd
 from qgraft.layers.algorithms.rounding import (
     quantize_rows_int8,
     round_int4,
+    round_to_groups,
     search_group_steps,
     two_level_scales,
 )
+from qgraft.layers.algorithms.signs import random_signs, search_signs
 from qgraft.layers.algorithms.smoothing import search_alpha, smooth_by_activations, smooth_by_weights
 
 
@@ -180,3 +184,67 @@ def test_the_search_for_alpha_finds_the_least_error_on_a_grid_of_twentieths():
 
         assert search_alpha(error) == best
         assert len(asked) <= 13
+
+
+def test_alternation_starts_at_the_plain_branch_and_lowers_the_rounding_error():
+    weight = torch.randn(200, 192) + torch.randn(200, 40) @ torch.randn(40, 192) * 0.3
+
+    def lost(up, down):
+        rest = weight - up @ down
+        return (rest - round_to_groups(rest, 64)).square().sum()
+
+    plain, error = alternate(weight, 16, "randomized", lambda rest: round_to_groups(rest, 64), 0), []
+    assert all(torch.equal(a, b) for a, b in zip(plain, low_rank(weight, 16), strict=True))
+    for turns in (0, 2, 8):
+        error.append(lost(*alternate(weight, 16, "exact", lambda rest: round_to_groups(rest, 64), turns)))
+    assert error[2] < error[1] < 0.97 * error[0]
+
+
+def test_alternation_stops_when_the_error_grows_and_keeps_the_best():
+    weight, asked = torch.randn(60, 64), []
+
+    def rounded(rest):  # the third turn is made bad, the fourth would be good
+        asked.append(rest)
+        return rest - rest / len(asked) if len(asked) != 3 else torch.zeros_like(rest)
+
+    up, down = alternate(weight, 8, "exact", rounded, 10)
+    assert len(asked) == 3
+    torch.testing.assert_close(weight - up @ down, asked[1])
+
+
+def test_alternation_copes_with_a_weight_of_zeros_and_with_full_rank():
+    up, down = alternate(torch.zeros(40, 64), 4, "randomized", lambda rest: round_to_groups(rest, 64), 4)
+    assert not (up @ down).any()
+    weight = torch.randn(20, 64)
+    up, down = alternate(weight, 20, "exact", lambda rest: round_to_groups(rest, 64), 4)
+    torch.testing.assert_close(up @ down, weight, rtol=1e-3, atol=1e-3)
+
+
+def test_a_rough_rounding_to_groups_is_near_the_searched_one():
+    weight = torch.randn(700, 256) * torch.rand(700, 1)
+    wide = search_group_steps(weight, 64).repeat_interleave(64, 1)
+    searched = (round_int4(weight, wide) * wide - weight).norm()
+    assert searched <= (round_to_groups(weight, 64) - weight).norm() < 1.1 * searched
+
+
+def test_searched_signs_spread_a_common_mean_and_come_back_the_same():
+    inputs, weight = torch.randn(200, 192) + 2, torch.randn(50, 192)
+    inputs[:, 64:128] -= 2
+    signs = search_signs(inputs, weight, 64)
+    assert torch.equal(signs.abs(), torch.ones(192)) and torch.equal(signs, search_signs(inputs, weight, 64))
+
+    def extremes(d):
+        return rotate_groups(inputs * d, 64).unflatten(1, (-1, 64)).abs().amax(-1).square().mean(0)
+
+    plain, chosen, random = (extremes(d) for d in (torch.ones(192), signs, random_signs(192)))
+    assert (chosen[[0, 2]] < 0.25 * plain[[0, 2]]).all() and (chosen[[0, 2]] <= 1.01 * random[[0, 2]]).all()
+    assert chosen[1] < 1.03 * plain[1]
+
+
+def test_random_signs_depend_on_the_seed_alone():
+    state = torch.get_rng_state()
+    assert torch.equal(random_signs(100), random_signs(100)) and not torch.equal(
+        random_signs(100), random_signs(100, 1)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert set(random_signs(100).tolist()) == {-1.0, 1.0}

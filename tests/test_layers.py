@@ -281,6 +281,7 @@ OPTIONS = [
     {"smooth": "none", "group_size": 32},
     {"group_size": 16, "scales": "group", "rotate": False, "smooth": "none", "rank": 0},
     {"group_size": 128, "rounding": "rtn", "svd": "exact"},
+    {"smooth": "none", "rotation_signs": "random", "iterations": 0},
 ]
 
 
@@ -379,7 +380,7 @@ def test_what_each_ingredient_is_worth():
     stats = Stats(SVDQW4A4Linear.needs)
     stats.update(x)
     worth = SVDQW4A4Linear.from_linear(linear, stats=stats, rank=8).ingredients(linear.weight.detach(), stats)
-    assert set(worth) == {"smoothing", "rotation", "branch", "gptq"}
+    assert set(worth) == {"smoothing", "rotation", "signs", "branch", "iterations", "gptq"}
     assert worth["smoothing"] > 1 and worth["branch"] > 1  # outliers in x and three strong directions in the weight
     plain = SVDQW4A4Linear.from_linear(linear, stats=stats, rank=0, rotate=False)
     assert set(plain.ingredients(linear.weight.detach(), stats)) == {"smoothing", "gptq"}
@@ -425,6 +426,53 @@ def test_w4a4_gptq_lowers_the_output_error_of_correlated_inputs():
     assert error("gptq") < 0.8 * error("rtn")
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_signs_take_the_common_mean_of_inputs_after_a_gelu_out_of_the_rotation(calibrated):
+    linear, x = nn.Linear(512, 128), F.gelu(torch.randn(600, 512) + 1)
+    y = linear(x[400:])
+    calibration = x[:400] if calibrated else None
+
+    def error(**options):
+        return relative(SVDQW4A4Linear.from_linear(linear, calibration=calibration, **options)(x[400:]), y)
+
+    plain, random, auto = error(rotation_signs="none"), error(rotation_signs="random"), error()
+    assert random < 0.85 * plain and auto < 1.01 * random
+    assert calibrated or auto == random
+
+
+def test_signs_are_there_only_where_they_are_asked_for_or_cost_nothing():
+    linear, x = nn.Linear(100, 64), torch.randn(80, 100)
+
+    def factor(**options):
+        return SVDQW4A4Linear.from_linear(linear, calibration=x, rank=4, **options).smooth_factor
+
+    assert (
+        factor(smooth="none") is None and factor(rotate=False).gt(0).all() and factor(rotation_signs="none").gt(0).all()
+    )
+    signs = factor(smooth="none", rotation_signs="searched")
+    assert set(signs.tolist()) <= {-1.0, 1.0} and (factor(rotation_signs="random") < 0).any()
+    assert torch.equal(factor(), factor())
+
+
+def test_the_size_of_a_half_smooth_factor_does_not_depend_on_its_signs():
+    linear, x = nn.Linear(128, 64), torch.randn(80, 128)
+    options = dict(calibration=x, scales="group_half", smooth_alpha=0.5, rank=4)
+    layers = [SVDQW4A4Linear.from_linear(linear, rotation_signs=s, **options) for s in ("none", "random")]
+    assert torch.equal(layers[1].smooth_factor.abs(), layers[0].smooth_factor)
+    assert torch.equal(layers[1].smooth_factor.bfloat16().float(), layers[1].smooth_factor)
+
+
+@pytest.mark.parametrize("cls", [SVDQW4A4Linear, SVDQW4A8Linear, W4A16Linear])
+def test_turns_of_branch_and_residual_lower_the_error_of_the_weight(cls):
+    linear = nn.Linear(256, 200)
+
+    def error(**options):
+        return relative(cls.from_linear(linear, rank=16, **options).dequantize(), linear.weight)
+
+    assert error(iterations=8) < 0.97 * error(iterations=0)
+    assert error() == error(iterations=8)
+
+
 def test_w4a4_group_scales_are_a_little_more_accurate_than_two_level_ones():
     linear = nn.Linear(512, 256, bias=False)
     errors = {
@@ -459,6 +507,8 @@ def test_sums_that_an_int32_cannot_hold_are_refused(cls):
         ({"smooth": "yes"}, "smooth: Input should be 'auto'"),
         ({"smooth_alpha": 2.0}, "smooth_alpha: Input should be less than or equal to 1"),
         ({"rank": "32"}, "rank: Input should be a valid integer"),
+        ({"rotate": False, "rotation_signs": "random"}, "rotation_signs: random has no rotation to serve"),
+        ({"iterations": -1}, "iterations: Input should be greater than or equal to 0"),
     ],
 )
 def test_w4a4_bad_options_are_readable(options, message):
@@ -467,7 +517,7 @@ def test_w4a4_bad_options_are_readable(options, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("options", [{"smooth": "activations"}, {"rounding": "gptq"}])
+@pytest.mark.parametrize("options", [{"smooth": "activations"}, {"rounding": "gptq"}, {"rotation_signs": "searched"}])
 def test_w4a4_options_that_need_data_say_so(options):
     with pytest.raises(ValueError, match="needs calibration data"):
         SVDQW4A4Linear.from_linear(nn.Linear(64, 64), rank=4, **options)

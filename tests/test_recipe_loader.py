@@ -13,9 +13,11 @@ W4A4 = {
     "smooth": "auto",
     "smooth_alpha": None,
     "rotate": True,
+    "rotation_signs": "auto",
     "scales": "two_level",
     "rounding": "auto",
     "svd": "randomized",
+    "iterations": 8,
 }
 
 

@@ -15,6 +15,8 @@ from ...kernels.reference import INT4_MAX, INT8_MAX, MAX_GROUP_SCALE, TINY
 INT8_GRID = (1.0, *(0.97 + 0.005 * i for i in range(13) if i != 6))
 # Steps tried for a group, as a share of absmax / 7: clipping the largest weights a little makes all others finer.
 CLIP_GRID = tuple(0.64 + 0.04 * i for i in range(10))
+# The share that most groups take: for a first look, where a search would take long.
+CLIP = 0.8
 # The same for a group with a zero point, as a share of its range, which fits more closely to begin with.
 RANGE_GRID = tuple(1.0 - 0.04 * i for i in range(10))
 # Rows searched at once, so that the float copies stay small beside the weight itself.
@@ -65,6 +67,16 @@ def round_int4(weight: Tensor, step: Tensor, zero_point: Tensor | None = None) -
     if zero_point is not None:
         codes += zero_point
     return codes.clamp_(-INT4_MAX - 1, INT4_MAX)
+
+
+def round_to_groups(weight: Tensor, group_size: int) -> Tensor:
+    """weight (N, Kp) float32 as int4 codes hold it, roughly: rounded to nearest with steps that are not searched."""
+    rounded = torch.empty_like(weight)
+    for rows in row_chunks(*weight.shape):
+        groups = weight[rows].unflatten(1, (-1, group_size))  # (rows, Kp // G, G)
+        step = (groups.abs().amax(-1, keepdim=True) * (CLIP / INT4_MAX)).clamp_min(TINY)
+        rounded[rows] = round_int4(groups, step).mul_(step).flatten(1)
+    return rounded
 
 
 def search_group_steps(weight: Tensor, group_size: int) -> Tensor:
