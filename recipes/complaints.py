@@ -44,7 +44,10 @@ def _word(fault: dict, path: KeyPath, known: Callable[[KeyPath], Iterable[str]])
     if kind == "extra_forbidden":
         parent, key = path[:-1], str(path[-1])
         keys = list(known(parent))
-        return parent, f"unknown key {spell(key)}{did_you_mean(key, keys)} (known: {', '.join(keys)})"
+        hint = did_you_mean(key, keys)
+        if not hint and "scheme" in keys:
+            hint = f"; options of a scheme stand inside it, as in scheme: {{name: ..., {key}: ...}}"
+        return parent, f"unknown key {spell(key)}{hint} (known: {', '.join(keys)})"
     if kind == "missing":
         return path[:-1], f"{path[-1]!r} is missing"
     if kind in ("int_type", "greater_than_equal"):

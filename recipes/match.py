@@ -46,7 +46,9 @@ def compile_pattern(pattern: str) -> Callable[[str, str], bool]:
     try:
         compiled = re.compile(pattern.removeprefix(REGEX) if is_regex else fnmatch.translate(pattern))
     except (re.error, RecursionError, OverflowError) as error:
-        raise RecipeError(f"the pattern {pattern!r} is not a valid regex: {error}") from None
+        glob = pattern.removeprefix(REGEX).startswith("*")
+        hint = f"; a shell glob goes without {REGEX!r}" if is_regex and glob else ""
+        raise RecipeError(f"the pattern {pattern!r} is not a valid regex: {error}{hint}") from None
 
     if is_regex:
         return lambda name, class_name: compiled.fullmatch(name) is not None

@@ -18,6 +18,7 @@ MAX_NUMBER = 64
 
 TAG = "tag:yaml.org,2002:"
 NUMBERS = (TAG + "int", TAG + "float")
+BLOCKS = ("while parsing a block collection", "while parsing a block mapping")
 STAR_HINT = 'a pattern that starts with * must be in quotes: "*.name"'
 
 
@@ -47,6 +48,8 @@ def read_yaml(text: str, source: str) -> Node:
             hint = f"; {STAR_HINT}"
         elif "'\\t'" in str(error.problem):
             hint = "; indent with spaces, not tabs"
+        elif error.context in BLOCKS:
+            hint = "; is it indented like the lines above it?"
         raise RecipeError(f"{source}{line}: not valid YAML: {error.problem}{context}{hint}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         # PyYAML lets a few faults of escapes and directives through as bare Python errors.

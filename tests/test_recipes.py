@@ -184,6 +184,15 @@ rules:
         ("{scheme: a, version: 2}", "version: this qgraft reads version 1 of the recipe format, got 2"),
         ("{scheme: a, description: [x]}", "description: must be text, got a list"),
         ("{scheme: a, calibration: {tokns: 3}}", "unknown key 'tokns'; did you mean 'tokens'?"),
+        (
+            "{scheme: a, group_size: 32}",
+            "options of a scheme stand inside it, as in scheme: {name: ..., group_size: ...}",
+        ),
+        ("rules: [{match: a, scheme: b, rank: 8}]", "as in scheme: {name: ..., rank: ...}"),
+        (
+            "rules: [{match: 're:*.up', skip: b}]",
+            "not a valid regex: nothing to repeat at position 0; a shell glob goes",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_plain_words(text, message):
