@@ -8,6 +8,7 @@ import pytest
 
 import qgraft
 from qgraft import Recipe
+from qgraft.benchmarks.models import MissingModels
 
 ROOT = Path(qgraft.__file__).parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -28,7 +29,10 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     for info, code, line in blocks(page, "python"):
         if info.startswith("file="):
             continue
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+        try:
+            exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+        except MissingModels as missing:  # a chapter that looks at a real model
+            pytest.skip(str(missing))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

