@@ -74,8 +74,7 @@ def save(
     path = Path(path).resolve()
     if not quantized_layers(model):
         raise CheckpointError("the model has no quantized layer: call Quantizer(model).quantize(...) first")
-    if spread := [name for name, layer in quantized_layers(model).items() if hasattr(layer, "spread_over")]:
-        raise CheckpointError(f"{some(spread)}: only a part of each is here; save before parallelize()")
+    check_whole(model)
     check_target(path)
     tensors, tied = contents(model)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,11 +121,18 @@ def finish(work: Path, path: Path, model: nn.Module, tied: dict[str, str], extra
 def contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors to write, guards included, and which names share with which.
 
-    Raises CheckpointError for state that safetensors cannot hold.
+    Raises CheckpointError for state that safetensors cannot hold, and for layers that parallelize() has spread.
     """
+    check_whole(model)
     tensors, tied = state_tensors(model)
     tensors.update({join(name, GUARD): torch.empty(0, dtype=torch.int8) for name in quantized_layers(model)})
     return tensors, tied
+
+
+def check_whole(model: nn.Module) -> None:
+    """CheckpointError if only a part of a layer is in this process."""
+    if spread := [name for name, layer in quantized_layers(model).items() if hasattr(layer, "spread_over")]:
+        raise CheckpointError(f"{some(spread)}: only a part of each is here; save before parallelize()")
 
 
 def describe(model: nn.Module, tied: dict[str, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -101,15 +102,26 @@ def test_a_process_that_fails_stops_all_with_its_message(folder, tmp_path):
     assert not (tmp_path / "of3").exists()
 
 
-def test_torchrun_starts_the_command(tmp_path):
+def torchrun(folder, out):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "qgraft", "quantize", "model", "-r", "w4a16", "--out", out]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_torchrun_starts_the_command_and_ends_with_the_message_of_a_process_that_fails(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4, "vocab_size": 80}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1))
     model.save_pretrained(tmp_path / "model")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "qgraft", "quantize", "model", "-r", "w4a16", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = torchrun(tmp_path, "out")
     assert done.returncode == 0 and "2 processes share 7 parts" in done.stderr, done.stderr[-3000:]
     assert done.stdout.count("Plan of recipe w4a16") == 1 and done.stderr.count("saved out") == 1
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert len(config["quantization_config"]["layers"]) == 7
+    model.model.layers[0].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    done = torchrun(tmp_path, "failed")
+    assert done.returncode != 0 and not (tmp_path / "failed").exists()
+    assert "layer 'model.layers.0.mlp.up_proj' (w4a16, 80 x 64)" in done.stderr and "NaN" in done.stderr
+    # The other process, too, says whose fault it was.
+    assert re.search(r"rank [01] stops: rank [01] failed: layer 'model\.layers\.0\.mlp\.up_proj'", done.stderr)

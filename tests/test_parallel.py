@@ -132,6 +132,11 @@ def check(mesh, rank):
     assert attention.q_proj.qweight.shape == (64, 64) and attention.o_proj.proj_up.shape == (128, 8)
     assert ((logits - expected).norm() / expected.norm()).item() < 1e-3
     try:
+        spread.save_pretrained(folder + "/out")
+        raise AssertionError("saved")
+    except qgraft.quantizer.CheckpointError as error:
+        assert "save before parallelize()" in str(error)
+    try:
         qgraft.save(spread, folder + "/out")
         raise AssertionError("saved")
     except qgraft.quantizer.CheckpointError as error:

@@ -21,6 +21,7 @@ from ..checkpoint import GUARD, check_config, describe, join
 from ..errors import CheckpointError, some
 from ..loading import NAMED_FLOATS, fit, put, tie_codes
 from ..weight_files import aligned
+from .attached import AttachedQuantizer
 
 
 class Method(str, Enum):
@@ -47,7 +48,7 @@ class QGraftConfig(QuantizationConfigMixin):
         return f"QGraftConfig({len(self.layers)} layers)"
 
 
-class QGraftQuantizer(DiffusersQuantizer):
+class QGraftQuantizer(AttachedQuantizer, DiffusersQuantizer):
     """Loads and saves the layers of ours in a diffusers model."""
 
     def __init__(self, quantization_config: QGraftConfig, **kwargs: Any):
@@ -60,6 +61,12 @@ class QGraftQuantizer(DiffusersQuantizer):
         self.dtype: torch.dtype | None = None  # of the floats; None: of each as it was
         self.files: list[Path] = []
         self.own: dict[str, Tensor] = {}  # our buffers by name, while a model is loaded
+
+    @staticmethod
+    def write_config(model: nn.Module) -> QGraftConfig:
+        config = QGraftConfig(**describe(model, {}))
+        model.register_to_config(quantization_config=config)
+        return config
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if "disk" in (device_map.values() if isinstance(device_map, dict) else ()):
@@ -125,7 +132,7 @@ class QGraftQuantizer(DiffusersQuantizer):
                 parameter.data = aligned(parameter.data)
         tie_codes(m for m in model.modules() if hasattr(m, "tied_to"))
         model.is_quantized = False  # to diffusers it means that the model cannot be cast, and this one can
-        attach_to(model, self)
+        self.attach_to(model, self)
         return model
 
     def get_state_dict_and_metadata(
@@ -140,20 +147,3 @@ class QGraftQuantizer(DiffusersQuantizer):
     @property
     def is_serializable(self) -> bool:
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters are: gradients go through every quantized layer to its input."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-
-def attach_to(model: nn.Module, quantizer: QGraftQuantizer | None = None) -> None:
-    """Let `model.save_pretrained` write what is quantized; `model.config` says so from now on."""
-    config = QGraftConfig(**describe(model, {}))
-    model.register_to_config(quantization_config=config)
-    model.hf_quantizer = quantizer or QGraftQuantizer(config)
-    model.hf_quantizer.quantization_config = config

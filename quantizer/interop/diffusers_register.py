@@ -33,6 +33,6 @@ def attach(model: nn.Module) -> None:
     cls = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
     for module in () if cls is None else reversed([m for m in model.modules() if isinstance(m, cls)]):
         if quantized_layers(module):
-            from .diffusers import attach_to
+            from .diffusers import QGraftQuantizer
 
-            attach_to(module)
+            QGraftQuantizer.attach_to(module)

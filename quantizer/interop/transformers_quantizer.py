@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from ...layers import QuantLayer
 from ..checkpoint import contents, describe, quantized_layers
 from ..errors import CheckpointError
+from .attached import AttachedQuantizer
 from .transformers_config import QGraftConfig
 from .transformers_load import Loading
 from .transformers_quantize import QuantizeOp, QuantizingWhileLoading
@@ -20,7 +21,7 @@ from .transformers_quantize import QuantizeOp, QuantizingWhileLoading
 IS_V5 = hasattr(HfQuantizer, "get_quantize_ops")
 
 
-class QGraftHfQuantizer(HfQuantizer):
+class QGraftHfQuantizer(AttachedQuantizer, HfQuantizer):
     """Loads what `qgraft.save` or `save_pretrained` wrote, or quantizes a float model while it is loaded."""
 
     requires_calibration = False
@@ -28,6 +29,11 @@ class QGraftHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QGraftConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.work: Loading | QuantizingWhileLoading | None = None  # while a model is loaded
+
+    @staticmethod
+    def write_config(model: nn.Module) -> QGraftConfig:
+        _set_config(model, {})
+        return model.config.quantization_config
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise where the config does not go with the model, before any weight is read."""
@@ -61,7 +67,7 @@ class QGraftHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         work, self.work = self.work, None
         work.finish(model)
-        attach_to(model, self)
+        self.attach_to(model, self)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
@@ -101,22 +107,6 @@ class QGraftHfQuantizer(HfQuantizer):
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters are: gradients go through every quantized layer to its input."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-
-def attach_to(model: nn.Module, quantizer: QGraftHfQuantizer | None = None) -> None:
-    """Let `model.save_pretrained` write what is quantized; `model.config` says so from now on."""
-    _set_config(model, {})
-    model.hf_quantizer = quantizer or QGraftHfQuantizer(model.config.quantization_config, pre_quantized=True)
-    model.hf_quantizer.quantization_config = model.config.quantization_config
 
 
 def _set_config(model: nn.Module, tied: dict[str, str]) -> None:

@@ -38,9 +38,9 @@ def attach(model: nn.Module) -> None:
     """
     for module in reversed(_pretrained(model)):  # the outermost has the last word in a config that they share
         if quantized_layers(module):
-            from .transformers_quantizer import attach_to
+            from .transformers_quantizer import QGraftHfQuantizer
 
-            attach_to(module)
+            QGraftHfQuantizer.attach_to(module)
 
 
 def _pretrained(model: nn.Module) -> list[Any]:
