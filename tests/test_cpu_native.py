@@ -146,7 +146,8 @@ def test_w4a16_for_every_number_of_tokens(lib, dtype, group_size, zero_point):
         random_scale(n, groups).to(dtype),
         torch.randint(-8, 8, (n, groups), dtype=torch.int8) if zero_point else None,
     )
-    smooth, down, up = torch.rand(k) + 0.5, torch.randn(k, rank).to(dtype), torch.randn(n, rank).to(dtype)
+    signed = (torch.rand(k) + 0.5) * torch.randn(k).sign()  # the signs of a rotation are part of it
+    smooth, down, up = signed, torch.randn(k, rank).to(dtype), torch.randn(n, rank).to(dtype)
     bias, rotate = torch.randn(n).to(dtype), group_size in (32, 64)
     exact = x.double() @ reference.w4a16_dequantize(k, *weight, smooth, down, up, group_size, rotate).double().t()
     exact += bias.double()

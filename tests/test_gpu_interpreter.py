@@ -230,9 +230,14 @@ def test_w8_says_which_argument_is_wrong(kernels, op, right, wrong):
 MODES = {"two_level": (True, 4), "group": (False, 4), "int8": (False, 8)}  # two_level, act_bits
 
 
+def smooth_factors(k):
+    """Of either sign: those of features before a rotation are part of them."""
+    return (torch.rand(k) + 0.5) * torch.randn(k).sign()
+
+
 def quantizer_problem(m, k, group_size, rank=5, dtype=torch.float32, down_dtype=None, smooth=True):
     x = (torch.randn(m, k) * torch.rand(k).mul(3).exp()).to(dtype)
-    smooth_factor = torch.rand(k) + 0.5 if smooth else None
+    smooth_factor = smooth_factors(k) if smooth else None
     proj_down = torch.randn(k, rank).to(down_dtype or dtype) if rank else None
     return x, smooth_factor, proj_down, -(-k // group_size) * group_size, group_size
 
@@ -419,7 +424,7 @@ def w4a16_problem(m, n, k, group_size=64, zero_point=True, rank=0, smooth=False,
     qweight = pack_int4(torch.randint(-8, 8, (n, groups * group_size), dtype=torch.int8))
     scale = (torch.rand(n, groups) / 50 + 1e-2).half()
     zero_point = torch.randint(-8, 8, (n, groups), dtype=torch.int8) if zero_point else None
-    smooth_factor = torch.rand(k) + 0.5 if smooth else None
+    smooth_factor = smooth_factors(k) if smooth else None
     down, up = (torch.randn(s, rank).half() / 8 for s in (k, n)) if rank else (None, None)
     bias = torch.randn(n).half() if bias else None
     return torch.randn(m, k).half(), qweight, scale, zero_point, smooth_factor, down, up, bias, group_size, rotate
