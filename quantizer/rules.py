@@ -1,5 +1,6 @@
 """What the schemes and rules of a recipe mean in a model: names to classes, patterns to sites."""
 
+import re
 from collections import ChainMap
 
 from pydantic import ValidationError
@@ -8,7 +9,7 @@ from torch import nn
 from ..layers import EMBEDDINGS, SCHEMES, QuantLayer, Scheme
 from ..recipes import Recipe, SchemeSpec, did_you_mean, pattern_matches, suggest
 from ..recipes.schema import Rule
-from .errors import PlanError
+from .errors import PlanError, some
 from .surgery import Site
 
 Resolved = tuple[type[QuantLayer], Scheme]
@@ -111,5 +112,9 @@ def _why_unmatched(pattern: str, what: str, meant: list[Site], model: nn.Module)
                 hint = f" (schemes for embeddings: {', '.join(EMBEDDINGS)})"
             return f"'{pattern}' matches '{other}', a {type(module).__name__}, but no {what}{hint}"
     near = suggest(pattern, names)
-    hint = f"the nearest names are {', '.join(map(repr, near))}" if near else "see the names with `qgraft plan`"
+    kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
+    if near:
+        hint = f"the nearest names are {', '.join(map(repr, near))}"
+    else:
+        hint = f"the names here are like {some([repr(kind) for kind in kinds])}" if names else "the model has none"
     return f"'{pattern}' matches no {what}; {hint} (a rule with `optional: true` may match nothing)"

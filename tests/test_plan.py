@@ -136,6 +136,15 @@ def test_a_pattern_without_a_match_names_its_line_and_the_nearest_names():
     assert "down_proj'" in line and "optional: true" in line
 
 
+def test_where_no_name_is_near_the_kinds_of_names_are_listed():
+    recipe = Recipe.from_dict({"scheme": "w8a32", "rules": [{"match": "*.zzz", "skip": "x"}]})
+    layers = nn.ModuleList(nn.ModuleDict({"key": nn.Linear(8, 8), "query": nn.Linear(8, 8)}) for _ in range(3))
+    with pytest.raises(PlanError, match=r"like 'encoder\.\*\.key', 'encoder\.\*\.query' \("):
+        Quantizer(nn.ModuleDict({"encoder": layers})).plan(recipe)
+    with pytest.raises(PlanError, match="matches no linear layer; the model has none"):
+        Quantizer(nn.ReLU()).plan(recipe)
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_an_optional_rule_may_match_nothing(rank):
     rule = {"match": ["nothing.*", "Nobody"], "scheme": {"name": "w4a4_svd", "rank": rank}, "optional": True}
