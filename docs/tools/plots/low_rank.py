@@ -9,7 +9,7 @@ from qgraft.layers import Stats
 from qgraft.layers.algorithms.smoothing import smooth_by_activations
 
 from .canvas import BLUE, GRAY, GREEN, ORANGE, figure, panels
-from .minilm import AFTER_NORM, sqnr
+from .minilm import AFTER_NORM, PLAIN, sqnr
 
 
 @figure
@@ -46,7 +46,7 @@ def low_rank_pays() -> Figure:
     drawn, ax = panels()
     kinds = {"smoothed, alpha 1": (dict(smooth_alpha=1.0), ORANGE), "not smoothed": (dict(smooth="none"), BLUE)}
     for name, (options, color) in kinds.items():
-        made = [SVDQW4A4Linear.from_linear(linear, stats=stats, rounding="rtn", rank=r, **options) for r in ranks]
+        made = [SVDQW4A4Linear.from_linear(linear, stats=stats, rank=r, **PLAIN, **options) for r in ranks]
         ax.plot(ranks, [sqnr(q(test), exact) for q in made], "o-", color=color, label=name)
     costs = [4 + 8 / 64 + 16 * rank * (n + k) / (n * k) for rank in ranks]
     ax.set_xticks(ranks, [f"{rank}\n{bits:.1f} bits" for rank, bits in zip(ranks, costs, strict=True)])

@@ -9,7 +9,7 @@ from qgraft.layers import Stats
 from qgraft.layers.algorithms.smoothing import smooth_by_activations
 
 from .canvas import BLUE, GRAY, GREEN, ORANGE, figure, panels
-from .minilm import AFTER_NORM, sqnr
+from .minilm import AFTER_NORM, PLAIN, sqnr
 
 
 @figure
@@ -49,7 +49,7 @@ def smoothing_alpha() -> Figure:
     for name, (options, color) in kinds.items():
         decibels = []
         for alpha in alphas:
-            made = SVDQW4A4Linear.from_linear(rows, stats=stats, rounding="rtn", smooth_alpha=alpha, **options)
+            made = SVDQW4A4Linear.from_linear(rows, stats=stats, smooth_alpha=alpha, **PLAIN, **options)
             decibels.append(sqnr(made(test), exact))
         ax.plot(alphas, decibels, "o-", color=color, label=name, markersize=3)
     ax.set(xlabel="alpha", ylabel="signal to noise, dB")
