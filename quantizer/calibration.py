@@ -4,10 +4,8 @@ Layers that read the same tensor (q, k and v; gate and up) share one set of stat
 which tensors they get, not by their names.
 """
 
-import copy
-import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -18,10 +16,10 @@ from tqdm.auto import tqdm
 
 from ..layers import Stats
 from ..recipes import CalibrationSpec
+from .batches import Batch, as_batches, describe, map_tensors, run_on, take, tensors_of
 from .errors import CalibrationError
 from .kinds import inputs_of
 
-Batch = Any  # a tensor, a mapping of keyword arguments, or a tuple of positional ones
 # The attention_mask of the batch that runs, (B, T), if it has one: what the model ignores must not count.
 _mask: ContextVar[Tensor | None] = ContextVar("mask", default=None)
 _batch: ContextVar[int] = ContextVar("batch")
@@ -53,7 +51,7 @@ def make_runner(data: Any, spec: CalibrationSpec, tokenizer: Any = None, progres
     """
     if callable(data) and not isinstance(data, (Tensor, Mapping)) and not hasattr(data, "__iter__"):
         return Runner(function=data)
-    batches = _take(_as_batches(data, spec, tokenizer), spec)
+    batches = take(as_batches(data, spec, tokenizer), spec)
     if not batches:
         raise CalibrationError("the calibration data is empty")
     return Runner(batches, progress=progress)
@@ -95,18 +93,18 @@ class Runner:
         """A checksum of the batches."""
         found = hashlib.sha256()
         for batch in self.batches:
-            found.update(_describe(batch).encode())
-            for tensor in _tensors(batch):
+            found.update(describe(batch).encode())
+            for tensor in tensors_of(batch):
                 found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return found.hexdigest()
 
     def run(self, model: nn.Module, index: int) -> None:
         """One batch."""
         device = self.device or next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        what = f"the model failed on calibration batch {index} ({_describe(self.batches[index])})"
+        what = f"the model failed on calibration batch {index} ({describe(self.batches[index])})"
         try:
             with _in_words(what), self.at(index):
-                _call(model, _map(self.batches[index], lambda t: t.to(device)))
+                run_on(model, map_tensors(self.batches[index], lambda t: t.to(device)))
         except CalibrationError as error:
             if str(error).startswith(what):
                 raise
@@ -261,99 +259,3 @@ def _is_same(a: Tensor, b: Tensor, version: int | None) -> bool:
 def _version(x: Tensor) -> int | None:
     """How often it was changed in place; None where torch does not count, in inference mode."""
     return None if x.is_inference() else x._version
-
-
-def _as_batches(data: Any, spec: CalibrationSpec, tokenizer: Any) -> Iterable[Batch]:
-    if isinstance(data, str):
-        data = [data]
-    if isinstance(data, (Tensor, Mapping)):
-        return [data]
-    if not isinstance(data, Iterable):
-        raise CalibrationError(
-            f"cannot calibrate with a {type(data).__name__}: give a list of tensors, mappings or texts, a "
-            "DataLoader, or a function that runs the model"
-        )
-    return (_tokenize(b, spec, tokenizer) if isinstance(b, str) else b for b in data)
-
-
-def _tokenize(text: str, spec: CalibrationSpec, tokenizer: Any) -> Batch:
-    if tokenizer is None:
-        raise CalibrationError("calibration texts need a tokenizer: quantize(..., tokenizer=tokenizer)")
-    return dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=spec.tokens))
-
-
-def _take(batches: Iterable[Batch], spec: CalibrationSpec) -> list[Batch]:
-    taken, tokens = [], spec.samples * spec.tokens
-    for batch in batches:
-        each = 1 if _rows_are_tokens(batch) else spec.tokens
-        left = tokens // each
-        if left < 1:
-            break
-        sizes = [t.shape[0] for t in _tensors(batch) if t.ndim]
-        size = max(sizes, default=1)
-        if len({*sizes} - {1}) > 1:
-            size = sizes[0]
-        elif size > left:
-            batch = _cut(batch, size, left)
-        taken.append(batch)
-        tokens -= max(1, size) * each
-    return taken
-
-
-def _rows_are_tokens(batch: Batch) -> bool:
-    """Whether all of it is features by rows, as a perceptron takes them: without a dimension for the sequence."""
-    tensors = _tensors(batch)
-    return bool(tensors) and all(t.ndim == 2 and t.is_floating_point() for t in tensors)
-
-
-def _cut(batch: Batch, size: int, left: int) -> Batch:
-    return _map(batch, lambda t: t[:left] if t.ndim and len(t) == size else t)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    """All of them, however deep."""
-    found: list[Tensor] = []
-
-    def see(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _map(batch, see)
-    return found
-
-
-def _map(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with its tensors changed, those in nested mappings, lists, tuples and dataclasses too."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {key: _map(value, change) for key, value in batch.items()}
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        new = copy.copy(batch)  # not replace(): it leaves out what is no field of __init__
-        for field in dataclasses.fields(batch):
-            object.__setattr__(new, field.name, _map(getattr(batch, field.name), change))
-        return new
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map(value, change) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_map(value, change) for value in batch)
-    return batch
-
-
-def _call(model: nn.Module, batch: Batch) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
-
-
-def _describe(batch: Batch) -> str:
-    if isinstance(batch, Mapping):
-        return ", ".join(f"{k}: {_describe(v)}" for k, v in batch.items())
-    if isinstance(batch, Tensor):
-        return f"{tuple(batch.shape)} {batch.dtype}".replace("torch.", "")
-    if isinstance(batch, (tuple, list)):
-        return ", ".join(map(_describe, batch))
-    return type(batch).__name__
