@@ -32,7 +32,8 @@ from .texts import CALIBRATION, EVALUATION, SOURCES
 
 WINDOW, WINDOWS = 512, 16  # tokens; of each source, to measure on
 SAMPLES = 64  # sequences or images of calibration; half of the texts from each source
-SENTENCES = 128  # of each source
+SENTENCES = 128  # of each source, to measure on
+TOGETHER = 8  # sentences in a batch of calibration: what the encoder will see, not whole documents
 SEEDS = {CALIBRATION: 1, EVALUATION: 2}
 IMAGES = 16  # to measure on
 
@@ -57,7 +58,7 @@ class Yardstick(ABC):
 
     @abstractmethod
     def calibration(self, samples: int = SAMPLES) -> list[dict[str, Tensor]]:
-        """Batches of one sequence or image, `samples` in all, none of them measured on."""
+        """Batches of one sequence or image, or of a few sentences, `samples` in all, none of them measured on."""
 
     @abstractmethod
     def score(self, model: nn.Module) -> Scores:
@@ -166,9 +167,8 @@ class SentenceEncoder(Yardstick):
 
     def calibration(self, samples: int = SAMPLES) -> list[dict[str, Tensor]]:
         halves = zip(SOURCES, (samples - samples // 2, samples // 2), strict=True)
-        found = [text for source, count in halves for text in texts.documents(source, CALIBRATION)[:count]]
-        options = {"truncation": True, "max_length": WINDOW, "return_tensors": "pt"}
-        return [dict(self._tokenizer(text, **options)) for text in found]
+        found = [s for source, n in halves for s in texts.sentences(source, CALIBRATION, n * TOGETHER)]
+        return self._tokenized(found, TOGETHER)
 
     def score(self, model: nn.Module) -> Scores:
         from scipy.stats import spearmanr
@@ -189,9 +189,12 @@ class SentenceEncoder(Yardstick):
 
     @cached_property
     def _batches(self) -> list[dict[str, Tensor]]:
-        found = [s for source in SOURCES for s in texts.sentences(source, EVALUATION, SENTENCES)]
+        return self._tokenized([s for source in SOURCES for s in texts.sentences(source, EVALUATION, SENTENCES)], 32)
+
+    def _tokenized(self, sentences: list[str], together: int) -> list[dict[str, Tensor]]:
         options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        return [dict(self._tokenizer(found[i : i + 32], **options)) for i in range(0, len(found), 32)]
+        starts = range(0, len(sentences), together)
+        return [dict(self._tokenizer(sentences[i : i + together], **options)) for i in starts]
 
     @cached_property
     def _reference(self) -> Tensor:

@@ -61,8 +61,6 @@ class QuantLayer(nn.Module):
     Scheme: ClassVar[type[Scheme]] = Scheme
     # What `Stats` to collect when calibration data is given.
     needs: ClassVar[frozenset[str]] = frozenset()
-    # How firmly sequential calibration holds to the float weight, see algorithms/compensation.py.
-    compensation_damping: ClassVar[float] = 0.1
     # Layers that hold some of the very same buffers; see tie().
     tied_to: tuple["QuantLayer", ...] = ()
 

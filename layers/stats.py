@@ -16,7 +16,7 @@ class Stats:
 
     needs: which of "absmax", "second_moment" and "range" to collect (a sample of tokens always is).
     After `update`: tokens, absmax (K,) float32, second_moment (K, K) float32 (the mean of x^T x), range (the least
-    and the greatest of all values), sample (S, K).
+    and the greatest of all values), sample (S, K). After `update_drift` beside it, drift_moment and halves.
     """
 
     needs: frozenset[str] = frozenset({"absmax", "second_moment"})
@@ -24,12 +24,15 @@ class Stats:
     absmax: Tensor | None = None
     range: tuple[float, float] | None = None
     sample: Tensor | None = None
-    _moment_sum: Tensor | None = field(default=None, repr=False)
-    _cross_sum: Tensor | None = field(default=None, repr=False)
+    # By half of the data: tokens, sums of x^T x, sums of (exact - x)^T x.
+    _tokens_of: dict[int, int] = field(default_factory=dict, repr=False)
+    _moment_sums: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _drift_sums: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Take in activations x (*, K). Raises ValueError on NaN or infinity."""
+    def update(self, x: Tensor, half: int = 0) -> None:
+        """Take in activations x (*, K), which belong to one half of the data (0 or 1). Raises ValueError on NaN or
+        infinity."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         if x.shape[0] == 0:
             return
@@ -37,12 +40,11 @@ class Stats:
         if not torch.isfinite(top).all():
             raise ValueError("the calibration data makes NaN or infinite activations here")
         self.tokens += x.shape[0]
+        self._tokens_of[half] = self._tokens_of.get(half, 0) + x.shape[0]
         if "absmax" in self.needs:
             self.absmax = top if self.absmax is None else torch.maximum(self.absmax, top)
         if "second_moment" in self.needs:
-            if self._moment_sum is None:
-                self._moment_sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self._moment_sum.addmm_(x.t(), x)
+            _sum_of(self._moment_sums, half, x).addmm_(x.t(), x)
         if "range" in self.needs:
             low, high = (v.item() for v in torch.aminmax(x))
             was_low, was_high = self.range or (low, high)
@@ -50,16 +52,14 @@ class Stats:
         self._keep_some(x)
 
     @torch.no_grad()
-    def update_cross(self, exact: Tensor, x: Tensor) -> None:
+    def update_drift(self, exact: Tensor, x: Tensor, half: int = 0) -> None:
         """Take in activations x (*, K), after `update`, beside those that the float model has in their place."""
         exact, x = (t.detach().reshape(-1, t.shape[-1]).float() for t in (exact, x))
-        if self._cross_sum is None:
-            self._cross_sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        self._cross_sum.addmm_(exact.t(), x)
+        _sum_of(self._drift_sums, half, x).addmm_((exact - x).t(), x)
 
-    def drop_cross(self) -> None:
-        """Forget what `update_cross` took in."""
-        self._cross_sum = None
+    def drop_drift(self) -> None:
+        """Forget what `update_drift` took in."""
+        self._drift_sums.clear()
 
     def _keep_some(self, x: Tensor) -> None:
         have = 0 if self.sample is None else self.sample.shape[0]
@@ -70,10 +70,23 @@ class Stats:
             self.sample = rows.clone() if self.sample is None else torch.cat((self.sample, rows))
 
     @property
-    def cross_moment(self) -> Tensor | None:
-        """(K, K) float32: the mean of exact^T x; None unless sequential calibration has both."""
-        return None if self._cross_sum is None else self._cross_sum / self.tokens
+    def second_moment(self) -> Tensor | None:
+        return sum(self._moment_sums.values()) / self.tokens if self._moment_sums else None
 
     @property
-    def second_moment(self) -> Tensor | None:
-        return None if self._moment_sum is None else self._moment_sum / self.tokens
+    def drift_moment(self) -> Tensor | None:
+        """(K, K) float32: the mean of (exact - x)^T x; None unless sequential calibration has both."""
+        return sum(self._drift_sums.values()) / self.tokens if self._drift_sums else None
+
+    @property
+    def halves(self) -> list[tuple[Tensor, Tensor]]:
+        """(second_moment, drift_moment) of either half of the data; empty if one of them has no tokens."""
+        if len(self._tokens_of) < 2 or not self._drift_sums:
+            return []
+        return [(self._moment_sums[half] / n, self._drift_sums[half] / n) for half, n in self._tokens_of.items()]
+
+
+def _sum_of(sums: dict[int, Tensor], half: int, x: Tensor) -> Tensor:
+    if half not in sums:
+        sums[half] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    return sums[half]

@@ -6,7 +6,7 @@ import time
 from torch import nn
 
 from ..layers import Stats
-from ..layers.algorithms.compensation import compensate
+from ..layers.algorithms.compensation import compensate, search_damping
 from .kinds import as_linear, quantized
 from .plan import PlannedLayer
 from .report import measure
@@ -29,7 +29,7 @@ def graft(
     finite, and whatever the scheme raises; the model is then as it was.
     """
     start = time.perf_counter()
-    module = _compensated(model.get_submodule(planned.name), stats, ALL[planned.scheme_name].compensation_damping)
+    module = _compensated(model.get_submodule(planned.name), stats)
     layer = quantized(module, ALL[planned.scheme_name], planned.scheme, stats)
     seconds = time.perf_counter() - start
     layer.report = measure(planned.name, as_linear(module), layer, stats, planned.bytes_before, seconds, details)
@@ -39,12 +39,16 @@ def graft(
     return replace(model, (planned.names, layer), *tied)
 
 
-def _compensated(module: nn.Module, stats: Stats | None, damping: float) -> nn.Module:
+def _compensated(module: nn.Module, stats: Stats | None) -> nn.Module:
     """The module, or a linear layer in its place that makes up for what the layers before it lost."""
-    if stats is None or stats.cross_moment is None:
+    if stats is None or (drift := stats.drift_moment) is None or not drift.any():
         return module
     linear = as_linear(module)
-    weight = compensate(linear.weight.detach(), stats.second_moment, stats.cross_moment, damping)
+    weight = linear.weight.detach()
+    damping = search_damping(weight, stats.halves)
+    if damping is None:
+        return module
+    weight = compensate(weight, stats.second_moment, drift, damping)
     other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     other.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
     other.bias = linear.bias

@@ -128,7 +128,7 @@ class Sequence:
         def collect(name: str, x: Tensor, batch: int) -> None:
             call = calls[name, batch] = calls.get((name, batch), -1) + 1
             try:
-                stats[name].update(x)
+                stats[name].update(x, batch % 2)
             except ValueError as error:
                 raise CalibrationError(f"layer '{name}', calibration batch {batch}: {error}") from None
             known = seen[name][batch] if batch < len(seen[name]) else []
@@ -136,14 +136,14 @@ class Sequence:
             if exact is None or exact.shape != x.shape or exact._version != version:
                 paired.discard(name)  # other tokens than the float model's, as when a router sends them elsewhere
             elif name in paired:
-                stats[name].update_cross(exact, x)
+                stats[name].update_drift(exact, x, batch % 2)
 
         with self._hooks(group, see) as at:
             for i in range(len(inputs)):
                 first = None
                 at(i, lambda i=i: self._call(block, inputs[i]))
         for name in set(collected) - paired:
-            stats[name].drop_cross()
+            stats[name].drop_drift()
         return {name: s for name, s in stats.items() if s.tokens}
 
     def _outputs(self, block: str, inputs: list[Inputs]) -> list[Any]:

@@ -304,7 +304,7 @@ except (RuntimeError, MemoryError):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_model_larger_than_the_memory_that_is_left(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # else glibc keeps much of what is freed
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 18))  # else glibc keeps much of what is freed
     (tmp_path / "model").mkdir()
     count, weight_map = 24, {}
     for i in range(count):

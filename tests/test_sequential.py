@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qgraft import Quantizer, Recipe
-from qgraft.layers.algorithms.compensation import compensate
+from qgraft.layers.algorithms.compensation import DAMPINGS, USUAL, compensate, search_damping
 from qgraft.quantizer import CalibrationError, calibration, quantizer
 from qgraft.quantizer.chain import find_chain
 from qgraft.recipes import CalibrationSpec
@@ -105,7 +105,7 @@ def test_what_the_layers_are_calibrated_with_is_what_they_get_in_the_end(data, m
     original = quantizer.graft
 
     def watched(model, planned, stats, *rest):
-        taken[planned.name] = (stats.second_moment, stats.cross_moment)
+        taken[planned.name] = (stats.second_moment, stats.drift_moment)
         return original(model, planned, stats, *rest)
 
     monkeypatch.setattr(quantizer, "graft", watched)
@@ -115,10 +115,10 @@ def test_what_the_layers_are_calibrated_with_is_what_they_get_in_the_end(data, m
     got = {which: inputs_of(m, names, data) for which, m in (("noisy", model), ("exact", float_model))}
     for name in names:
         exact, noisy = got["exact"][name].double(), got["noisy"][name].double()
-        moment, cross = taken[name]
+        moment, drift = taken[name]
         assert relative(moment, noisy.t() @ noisy / len(noisy)) < 1e-4
-        if options.get("in_place") is None or cross is not None:
-            assert relative(cross, exact.t() @ noisy / len(noisy)) < 1e-4
+        if options.get("in_place") is None or drift is not None:
+            assert relative(drift + moment, exact.t() @ noisy / len(noisy)) < 1e-4
 
 
 def test_layers_that_read_one_tensor_share_their_statistics(data, monkeypatch):
@@ -291,9 +291,48 @@ def test_compensation_solves_the_least_squares_problem():
     noisy = exact + 0.3 * torch.randn_like(exact) + 0.1 * exact.roll(1, 1)
     weight = torch.randn(n, k, dtype=torch.float64)
     solution = torch.linalg.lstsq(noisy, exact @ weight.t()).solution.t()
-    moments = (noisy.t() @ noisy / tokens).float(), (exact.t() @ noisy / tokens).float()
-    assert relative(compensate(weight.float(), *moments, damping=1e-6), solution) < 1e-3
-    # Much damping holds it to the weight, and so do equal moments and no data at all.
-    assert relative(compensate(weight.float(), *moments, damping=1e6), weight) < 1e-4
-    assert torch.equal(compensate(weight.float(), moments[0], moments[0].clone(), 0.1), weight.float())
-    assert torch.equal(compensate(weight.float(), torch.zeros(k, k), torch.zeros(k, k), 0.1), weight.float())
+    moment, drift = moments_of(exact, noisy)
+    assert relative(compensate(weight.float(), moment, drift, damping=1e-6), solution) < 1e-3
+    # Much damping holds it to the weight, and so do no drift and no data at all.
+    assert relative(compensate(weight.float(), moment, drift, damping=1e6), weight) < 1e-4
+    assert torch.equal(compensate(weight.float(), moment, torch.zeros(k, k), 0.1), weight.float())
+    assert torch.equal(compensate(weight.float(), torch.zeros(k, k), drift, 0.1), weight.float())
+
+
+def moments_of(exact, noisy):
+    """(second_moment, drift_moment)"""
+    return (noisy.t() @ noisy / len(noisy)).float(), ((exact - noisy).t() @ noisy / len(noisy)).float()
+
+
+def test_the_damping_is_the_one_that_does_best_on_the_other_half():
+    k, n = 32, 12
+    mix, weight = torch.randn(k, k, dtype=torch.float64) / k**0.5, torch.randn(n, k)
+
+    def streams(tokens, drift, noise):
+        exact = torch.randn(tokens, k, dtype=torch.float64) @ mix
+        return exact, exact + drift * exact.roll(1, 1) + noise * torch.randn_like(exact)
+
+    def best(tokens, drift, noise):
+        halves = [streams(tokens, drift, noise) for _ in range(2)]
+        found = search_damping(weight, [moments_of(*half) for half in halves])
+
+        def error(damping):
+            total = 0.0
+            for fit, test in (halves, halves[::-1]):
+                made_up = compensate(weight, *moments_of(*fit), damping) if damping else weight
+                total += (test[0] @ weight.double().t() - test[1] @ made_up.double().t()).square().sum()
+            return total
+
+        assert error(found) <= 1.0001 * min(error(damping) for damping in (None, USUAL, *DAMPINGS))
+        return found or float("inf")
+
+    # A drift that is the same everywhere, much data; little data; and nothing but noise to learn from.
+    many, few = best(4000, 0.3, 0.1), best(24, 0.3, 0.5)
+    assert many == DAMPINGS[0] < few
+    assert best(20, 0.0, 0.3) > USUAL
+    assert search_damping(weight, []) == USUAL
+
+
+def test_activations_near_the_end_of_float32_leave_the_weight_as_it_is():
+    weight, huge = torch.randn(4, 8), torch.full((8, 8), 1e38)
+    assert search_damping(weight, [(huge, huge), (huge, huge)]) is None
