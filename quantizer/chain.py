@@ -1,7 +1,7 @@
 """How the blocks of a model hand tensors to one another, found by watching the tensors.
 
-A block is a module of an `nn.ModuleList`. What a block got of the one before it is looked for among its inputs, and
-everything else that it got (masks, rotary embeddings) is kept for when it runs again.
+A block is a module of an `nn.ModuleList`, or of an `nn.Sequential`. What a block got of the one before it is looked for
+among its inputs, and everything else that it got (masks, rotary embeddings) is kept for when it runs again.
 """
 
 from collections import defaultdict
@@ -68,13 +68,18 @@ def find_chain(model: nn.Module, layers: set[str], run: Runner) -> Chain | None:
 
 
 def find_blocks(model: nn.Module, layers: set[str] | None = None) -> list[str]:
-    """The modules of the outermost lists of modules; of a list in a list, its modules.
+    """The modules of the outermost lists of modules; of a list in a list, its modules. A list is an `nn.ModuleList`, or
+    an `nn.Sequential` where the model has none of these.
 
     layers: leave out lists that hold none of these.
     """
+    return _in_lists(model, nn.ModuleList, layers) or _in_lists(model, nn.Sequential, layers)
+
+
+def _in_lists(model: nn.Module, kind: type[nn.Module], layers: set[str] | None) -> list[str]:
     lists: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(inside(name, outer) for outer in lists):
+        if isinstance(module, kind) and not any(inside(name, outer) for outer in lists):
             lists.append(name)
     if layers is not None:
         lists = [outer for outer in lists if any(inside(layer, outer) for layer in layers)]
@@ -82,7 +87,7 @@ def find_blocks(model: nn.Module, layers: set[str] | None = None) -> list[str]:
     while lists:
         outer = lists.pop(0)
         names = [f"{outer}.{child}" if outer else child for child, _ in model.get_submodule(outer).named_children()]
-        inner = [name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)]
+        inner = [name for name in names if isinstance(model.get_submodule(name), kind)]
         lists += inner
         blocks += [name for name in names if name not in inner]
     return blocks

@@ -56,7 +56,9 @@ class PagedModel:
         self.model = split_experts(copy.deepcopy(skeleton), self.unchecked).eval()
         self.blocks = find_blocks(self.model)
         if not self.blocks:
-            raise CannotStream("the model has no list of blocks (nn.ModuleList) to have in memory one at a time")
+            raise CannotStream(
+                "the model has no list of blocks (nn.ModuleList or nn.Sequential) to have in memory one at a time"
+            )
         self.names = self._sort()
         self.resident = ""
         self._read("")

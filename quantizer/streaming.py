@@ -64,7 +64,8 @@ def quantize_files(
     folder: with model.safetensors, or several files and model.safetensors.index.json.
     recipe: as for `Quantizer`.
     calibration, tokenizer: as for `Quantizer.quantize`, but no function; without, the recipe must do without data.
-    The model must then have its blocks in an `nn.ModuleList`; all that is outside of them stays in memory.
+    The model must then have its blocks in an `nn.ModuleList` or `nn.Sequential`; what is outside of them stays in
+    memory.
     out: the folder to write, as for `save`; shard_bytes, extra_files: likewise.
     model: the float model on the meta device; its dtypes are what the weights are read as. It is not changed.
     naming: how tensors are called in the files, if not as in the model.

@@ -93,6 +93,16 @@ def test_streamed_files_are_those_of_quantizer_and_save_byte_by_byte(kind, made,
     assert sorted(f.name for f in tmp_path.iterdir()) == ["memory", "model", "streamed"]
 
 
+def test_blocks_in_a_sequence_are_read_one_at_a_time_too(made, data):
+    def build():
+        blocks = (nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH)) for _ in range(3))
+        return nn.Sequential(nn.LayerNorm(WIDTH), *blocks)
+
+    run = made(build)
+    report = run.stream(data)
+    assert run.streamed == run.in_memory(data) and len(report.layers) == 6
+
+
 class Tied(Model):
     """An embedding with codes that its head shares, a weight in two blocks, and buffers."""
 
@@ -218,7 +228,12 @@ def test_other_data_is_another_run(made, data, monkeypatch):
 
 
 def test_what_cannot_go_block_by_block_is_refused_before_any_work(made, data, monkeypatch):
-    run = made(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.only = nn.Linear(WIDTH, WIDTH)
+
+    run = made(Single)
     with pytest.raises(CannotStream, match="no list of blocks"):
         run.stream(data)
     with pytest.raises(CalibrationError, match="a function runs the whole model"):

@@ -208,6 +208,30 @@ def test_lists_of_lists_are_chains_of_the_modules_in_them(data):
     assert all(row.tokens == 24 * 64 for row in report.layers)
 
 
+def test_a_sequence_of_blocks_is_a_chain_where_there_is_no_list(data):
+    """As vision models of timm have it."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+            self.blocks = nn.Sequential(*(Unscaled() for _ in range(4)))
+
+        def forward(self, x):
+            return self.head(self.blocks(self.stem(x)))
+
+    class Unscaled(Block):
+        def forward(self, x):
+            return super().forward(x, 1.0)
+
+    model = Encoder().eval()
+    names = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert find_chain(model, names, runner(data)).blocks == [f"blocks.{i}" for i in range(4)]
+    train, test = data[:-4], torch.cat(data[-4:])
+    once, step_by_step = (quantized(model, train, sequential=s)[0](test) for s in (False, True))
+    assert relative(step_by_step, model(test)) < relative(once, model(test))
+
+
 def test_a_decoder_with_a_configuration_of_its_own_is_in_the_chain():
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(
