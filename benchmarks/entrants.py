@@ -39,6 +39,8 @@ ABLATIONS = (
 )  # fmt: skip
 
 
+ALL = 1_000_000  # sequences of calibration
+
 # With float32 input these fall to code that takes minutes for 512 tokens.
 IN_BFLOAT16 = ("torchao int4wo",)
 
@@ -80,7 +82,10 @@ class Ours(Entrant):
         self.calibrated = any(SCHEMES[name].needs for name in _schemes(self.recipe) if name in SCHEMES)
 
     def make(self, model: nn.Module, calibration: Batches) -> Made:
-        model = qgraft.Quantizer(model).quantize(self.recipe, calibration=calibration or None, progress=False)
+        # All of it, as the other libraries take it: a recipe's own limit counts sequences, and these may be short.
+        spec = self.recipe.calibration.model_copy(update={"samples": ALL})
+        recipe = self.recipe.model_copy(update={"calibration": spec})
+        model = qgraft.Quantizer(model).quantize(recipe, calibration=calibration or None, progress=False)
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         size = sum(storage_bytes(layer) - _bias_bytes(layer) for layer in layers)
