@@ -1,6 +1,7 @@
 """The native CPU kernels, compiled for every instruction set that this machine has, against the reference."""
 
 import ctypes
+import math
 import mmap
 import os
 import resource
@@ -50,6 +51,13 @@ def lib(compiled, monkeypatch):
 
 def relative(y, exact):
     return ((y.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
+
+
+def relative_to_sums(y, exact, x, weight):
+    """The error over what the outputs are large as, or would be if what is added up did not happen to cancel: a weight
+    that is rounded on the way is off by its own size, not by the output's."""
+    sums = (x.double().square() @ weight.double().square().t()).sum().sqrt()
+    return ((y.double() - exact.double()).norm() / torch.maximum(exact.double().norm(), sums)).item()
 
 
 def random_int8(*shape):
@@ -131,7 +139,9 @@ def test_w4a16_is_the_reference(lib, rank, group_size, rotate, dtype):
                 rotate,
             )
             # A rotated activation may round to the neighbour of the reference's: its sums were in another order.
-            assert relative(ops.w4a16_linear(*args), reference.w4a16_linear(*args)) < TOLERANCE[dtype]
+            y, wanted = ops.w4a16_linear(*args), reference.w4a16_linear(*args)
+            weight = reference.w4a16_dequantize(k, *args[1:7], size, rotate)
+            assert relative_to_sums(y, wanted, args[0], weight) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,24 +159,89 @@ def test_w4a16_for_every_number_of_tokens(lib, dtype, group_size, zero_point):
     signed = (torch.rand(k) + 0.5) * torch.randn(k).sign()  # the signs of a rotation are part of it
     smooth, down, up = signed, torch.randn(k, rank).to(dtype), torch.randn(n, rank).to(dtype)
     bias, rotate = torch.randn(n).to(dtype), group_size in (32, 64)
-    exact = x.double() @ reference.w4a16_dequantize(k, *weight, smooth, down, up, group_size, rotate).double().t()
-    exact += bias.double()
+    dense = reference.w4a16_dequantize(k, *weight, smooth, down, up, group_size, rotate).double()
+    exact = x.double() @ dense.t() + bias.double()
     for m in (*range(1, 18), 31, 32, 64, 256):
         y = ops.w4a16_linear(x[:m], *weight, smooth, down, up, bias, group_size, rotate)
-        assert relative(y, exact[:m]) < TOLERANCE[dtype]
+        assert relative_to_sums(y, exact[:m], x[:m], dense) < TOLERANCE[dtype]
 
 
-def test_w4a16_ends_where_its_weight_ends(lib):
-    """A weight at the very end of a mapped page: reading on would be a crash."""
-    n, k = 3, 96
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [331, 448])
+def test_w8_for_every_number_of_tokens(lib, k, dtype):
+    """Few tokens are multiplied in another way than many, and rows may end anywhere in a step of 64 features."""
+    n = 45
+    qweight, scale, bias = random_int8(n, k), random_scale(n), torch.randn(n).to(dtype)
+    x = with_outliers(64, 2 * k, dtype)[:, ::2]
+    op = ops.w8a32_linear if dtype is torch.float32 else ops.w8a16_linear
+    exact = x.double() @ (qweight.double() * scale.double()[:, None]).t() + bias.double()
+    for m in (*range(1, 33), 64):
+        assert relative(op(x[:m], qweight, scale, bias), exact[:m]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("group_size", [32, 64, 96, 352])
+def test_w8_group_for_every_number_of_tokens(lib, group_size, zero_point, dtype):
+    n, k = 45, 331
+    groups = -(-k // group_size)
+    qweight, scale, bias = random_int8(n, k), random_scale(n, groups), torch.randn(n).to(dtype)
+    zero = random_int8(n, groups) if zero_point else None
+    x = with_outliers(64, 2 * k, dtype)[:, ::2]
+    weight = reference.w8_group_dequantize(qweight, scale, zero, group_size).double()
+    exact = x.double() @ weight.t() + bias.double()
+    for m in (*range(1, 33), 64):
+        y = ops.w8_group_linear(x[:m], qweight, scale, zero, bias, group_size)
+        assert relative_to_sums(y, exact[:m], x[:m], weight) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (2, 31), (3, 64), (5, 65), (70, 2300)])
+def test_int8_weights_of_odd_shapes_times_few_tokens(lib, n, k):
+    qweight, scale, size = random_int8(n, k), random_scale(n, 1).repeat(1, -(-k // 32)), 32
+    for m in (1, 6, 13, 29):
+        x = torch.randn(m, k).bfloat16()
+        weight = reference.w8_group_dequantize(qweight, scale, None, size).double()
+        for y in (
+            ops.w8a16_linear(x, qweight, scale[:, 0].contiguous(), None),
+            ops.w8_group_linear(x, qweight, scale, None, None, size),
+        ):
+            assert relative_to_sums(y, x.double() @ weight.t(), x, weight) < TOLERANCE[x.dtype]
+
+
+def at_the_end_of_memory(dtype, *shape):
+    """A tensor of random bytes with a page behind it that may not be read: reading on is a crash."""
     page = mmap.PAGESIZE
     held = torch.frombuffer(mmap.mmap(-1, 16 * page), dtype=torch.uint8)
-    qweight = held[: 15 * page][-n * k // 2 :].view(n, k // 2).random_(0, 256)
     assert LIBC.mprotect(ctypes.c_void_p(held.data_ptr() + 15 * page), page, 0) == 0
-    args = (qweight, random_scale(n, 3), None, None, None, None, None, 32, False)
+    tensor = held[: 15 * page].view(dtype)[-math.prod(shape) :].view(shape)
+    return tensor.copy_(torch.randint(0, 256, shape, dtype=torch.uint8).view(dtype))
+
+
+def test_int4_weights_end_where_they_end(lib):
+    n, k = 43, 96
+    weight = at_the_end_of_memory(torch.uint8, n, k // 2), random_scale(n, 3), None
+    exact = reference.w4a16_dequantize(k, *weight, None, None, None, 32, False).double()
     for m in (1, 5, 40):
         x = torch.randn(m, k).bfloat16()
-        assert relative(ops.w4a16_linear(x, *args), reference.w4a16_linear(x, *args)) < TOLERANCE[x.dtype]
+        y = ops.w4a16_linear(x, *weight, None, None, None, None, 32, False)
+        assert relative_to_sums(y, x.double() @ exact.t(), x, exact) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("k", [1, 33, 97, 130])
+def test_int8_weights_end_where_they_end(lib, k):
+    n = 43
+    qweight, scale = at_the_end_of_memory(torch.int8, n, k), random_scale(n, -(-k // 32))
+    one = scale[:, 0].contiguous()
+    for m in (1, 8, 16, 40):
+        x = torch.randn(m, k).bfloat16()
+        for y, weight in (
+            (ops.w8a16_linear(x, qweight, one, None), qweight.double() * one[:, None]),
+            (
+                ops.w8_group_linear(x, qweight, scale, None, None, 32),
+                reference.w8_group_dequantize(qweight, scale, None, 32).double(),
+            ),
+        ):
+            assert relative_to_sums(y, x.double() @ weight.t(), x, weight) < TOLERANCE[x.dtype]
 
 
 def svdq_args(m, n, k, group_size, rank, act_bits, dtype=torch.float32, rotate=True):
@@ -259,12 +334,13 @@ def all_ops(m, n=70, k=640):
         "w8a32": lambda: ops.w8a32_linear(x, qweight, scale, None),
         "w8a16": lambda: ops.w8a16_linear(half, qweight, scale, None),
         "w8a8": lambda: ops.w8a8_linear(x, qweight, scale, *none),
+        "w8_group": lambda: ops.w8_group_linear(half, qweight, group_scale, None, None, 64),
         "w4a16": lambda: ops.w4a16_linear(half, packed, group_scale, None, *none, 64, True),
         "svdq": lambda: ops.svdq_linear(*svdq),
     }
 
 
-@pytest.mark.parametrize("m", [1, 5, 40, 600])
+@pytest.mark.parametrize("m", [1, 5, 13, 27, 40, 600])
 def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads(lib, m):
     before = torch.get_num_threads()
     for name, run in all_ops(m).items():

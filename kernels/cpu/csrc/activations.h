@@ -151,7 +151,7 @@ inline void to_floats(const Rows& x, int64_t at, int64_t count, float* out) {
 }
 
 // x (M, K) @ down (K, R) -> out (M, R), float32. Few tokens split K, in a way that does not depend on the threads.
-constexpr int64_t DOWN_TOKENS = 48, DOWN_FEATURES = 256, DOWN_COLUMNS = 2 * LANES;
+constexpr int64_t FEW_TOKENS = 16, DOWN_TOKENS = 48, DOWN_FEATURES = 256, DOWN_COLUMNS = 2 * LANES;
 
 template <int M>
 inline void project_tile(const float* x, int64_t k, const float* panel, int64_t features, float* out, int64_t ldo) {

@@ -17,7 +17,7 @@ namespace qg {
 
 // What is unpacked at a time: rows, and bytes of each. For a few tokens all of it fits the first-level cache; for many,
 // a tile's rows do, and all of it the second-level cache.
-constexpr int FEW_TOKENS = 16, ROWS_FEW = 16;
+constexpr int ROWS_FEW = 16;
 constexpr int64_t CHUNK_BYTES_FEW = 1024, CHUNK_BYTES_MANY = 4096;
 // Tokens of a panel: their sums with ROWS_MANY rows stay in the second-level cache, or beside it.
 constexpr int64_t PANEL_TOKENS = 516, PANEL_TOKENS_WIDE = 1056;
@@ -96,7 +96,7 @@ inline void tiles_of_panel(const typename T::A* a, int64_t lda, const Unpacked<T
 // Returns 0, or 1 when there is no memory.
 template <class T, class Layer>
 int gemm(const typename T::A* a, int64_t lda, int64_t m, int64_t n, int64_t k, const Layer& layer) {
-  const bool few = m <= FEW_TOKENS;
+  const bool few = m <= T::FEW;
   const int rows_max = few ? ROWS_FEW : ROWS_MANY;
   const bool wide = T::WIDE && m >= WIDE_TOKENS;
   const int64_t bytes = few ? CHUNK_BYTES_FEW : wide ? CHUNK_BYTES_WIDE : CHUNK_BYTES_MANY;

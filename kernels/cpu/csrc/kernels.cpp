@@ -3,8 +3,7 @@
 #include "bitnet.h"
 #include "svdq.h"
 #include "w4a16_few.h"
-#include "w8.h"
-#include "w8_group.h"
+#include "w8_few.h"
 #include "w8a8.h"
 
 using namespace qg;
@@ -14,38 +13,42 @@ using namespace qg;
 // What the machine can do, as bits: 1 AVX-512, 2 eight-bit dot products, 4 bfloat16 ones.
 QG_EXPORT int32_t qg_features() { return QG_AVX512 | QG_VNNI << 1 | QG_BF16 << 2; }
 
-// Calls run with the kind of product for activations of a type: bfloat16 is multiplied as it is where the machine can.
-template <class Run>
-static int with_kind_of(Type type, const Run& run) {
-#if QG_BF16
-  if (type == BFLOAT16) return run(Bfloat16());
-#endif
-  (void)type;
-  return run(Float32());
+// The product with float activations of any type, as T multiplies them.
+template <class T, class Layer>
+static int with_floats(const Rows& x, int64_t n, const Layer& layer) {
+  const Whole<T> act(x);
+  return act.data ? gemm<T>(act.data, act.k, x.m, n, act.k, layer) : 1;
 }
 
-// W8A32 and W8A16.
+// W8A32 and W8A16. bfloat16 is multiplied as it is where the machine can.
 QG_EXPORT int32_t qg_w8(const void* x, int32_t x_type, const int8_t* qweight, const float* scale, const void* bias,
                         int32_t bias_type, void* y, int32_t type, int64_t m, int64_t n, int64_t k) {
+  const Rows tokens{x, Type(x_type), m, k};
   const Output out{y, Type(type), n, bias, Type(bias_type)};
-  return with_kind_of(Type(x_type), [&](auto kind) {
-    using T = decltype(kind);
-    const Whole<T> act({x, Type(x_type), m, k});
-    return act.data ? gemm<T>(act.data, act.k, m, n, act.k, W8<T>{qweight, scale, k, out}) : 1;
-  });
+#if QG_BF16
+  if (x_type == BFLOAT16) {
+    const W8<Bfloat16> layer{qweight, scale, k, out};
+    return m <= FEW_TILE_TOKENS ? w8_few(W8Few{layer}, tokens) : with_floats<Bfloat16>(tokens, n, layer);
+  }
+#endif
+  return with_floats<Float32>(tokens, n, W8<Float32>{qweight, scale, k, out});
 }
 
 // Groups are whole multiples of 32 features; the last one may be short.
 QG_EXPORT int32_t qg_w8_group(const void* x, int32_t x_type, const int8_t* qweight, const float* scale,
                               const int8_t* zero_point, const void* bias, int32_t bias_type, void* y, int32_t type,
                               int64_t m, int64_t n, int64_t k, int64_t group_size) {
+  const Rows tokens{x, Type(x_type), m, k};
   const Output out{y, Type(type), n, bias, Type(bias_type)};
-  return with_kind_of(Type(x_type), [&](auto kind) {
-    using T = decltype(kind);
-    const Whole<T> act({x, Type(x_type), m, k});
-    const W8Group<T> layer{qweight, scale, zero_point, k, group_size, (k + group_size - 1) / group_size, out};
-    return act.data ? gemm<T>(act.data, act.k, m, n, act.k, layer) : 1;
-  });
+  const int64_t groups = (k + group_size - 1) / group_size;
+#if QG_BF16
+  if (x_type == BFLOAT16) {
+    const W8Group<Bfloat16> layer{qweight, scale, zero_point, k, group_size, groups, out};
+    if (m > FEW_TILE_TOKENS) return with_floats<Bfloat16>(tokens, n, layer);
+    return zero_point ? w8_few(W8GroupFew<true>{layer}, tokens) : w8_few(W8GroupFew<false>{layer}, tokens);
+  }
+#endif
+  return with_floats<Float32>(tokens, n, W8Group<Float32>{qweight, scale, zero_point, k, group_size, groups, out});
 }
 
 // rotation: features of a group that is rotated, or 0; k features are padded to whole groups, `padded` in all.
@@ -99,10 +102,8 @@ QG_EXPORT int32_t qg_w4_float(const void* x, int32_t x_type, const float* smooth
 #if QG_BF16
   if (type == BFLOAT16 && !act_bits) {
     if (m >= WIDE_TOKENS) return run(Bfloat16());
-    const Memory<bf16> act(m * W4A16Few::wide(padded));
-    if (!act.data || W4A16Few::prepare(tokens, smooth_factor, padded, group_size, rotate, act.data)) return 1;
     const W4A16<Bfloat16> layer{qweight, scale, Type(scale_type), zero_point, padded, group_size, out};
-    return W4A16Few{layer, act.data, m}.run();
+    return w4a16_few(layer, tokens, smooth_factor, rotate);
   }
 #endif
   return run(Float32());

@@ -6,14 +6,15 @@
 namespace qg {
 
 // Kinds of product. A and B are the types of elements of A and of the unpacked weight, Sum that of sums. A step is STEP
-// features: one load_a and one load_b, B_STEP elements long, and a dot. TILE_M tokens fill the registers.
+// features: one load_a and one load_b, B_STEP elements long, and a dot. TILE_M tokens fill the registers. For up to FEW
+// tokens a small piece of the weight is unpacked at a time.
 struct Float32 {
   using A = float;
   using B = float;
   using Sum = float;
   static constexpr bool WIDE = true;
   using Acc = F;
-  static constexpr int STEP = LANES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3;
+  static constexpr int STEP = LANES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, FEW = 16;
   static F load_a(const float* p) { return load_f(p); }
   static F load_b(const float* p) { return load_f(p); }
   static F everywhere(const float* p) { return set_f(*p); }
@@ -27,7 +28,7 @@ struct Bfloat16 {
   using Sum = float;
   static constexpr bool WIDE = true;
   using Acc = F;
-  static constexpr int STEP = 2 * LANES, B_STEP = STEP, TILE_M = 6;
+  static constexpr int STEP = 2 * LANES, B_STEP = STEP, TILE_M = 6, FEW = 26;
   static I load_a(const bf16* p) { return load_i(p); }
   static I load_b(const bf16* p) { return load_i(p); }
   static I everywhere(const bf16* p) { return set_words_32(p); }
@@ -44,7 +45,7 @@ struct Integer {
   using Sum = int32_t;
   static constexpr bool WIDE = true;
   using Acc = Sums;
-  static constexpr int STEP = BYTES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, OFFSET = 128;
+  static constexpr int STEP = BYTES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, FEW = 16, OFFSET = 128;
   static I load_a(const void* p) { return load_i(p); }
   static I load_b(const void* p) { return load_i(p); }
   static I everywhere(const void* p) { return set_words_32(p); }
@@ -59,7 +60,7 @@ struct Integer {
   using Sum = int32_t;
   static constexpr bool WIDE = true;
   using Acc = Sums;
-  static constexpr int STEP = BYTES / 2, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, OFFSET = 0;
+  static constexpr int STEP = BYTES / 2, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, FEW = 16, OFFSET = 0;
   static I load_a(const void* p) { return load_i(p); }
   static I load_b(const void* p) { return load_i(p); }
   static I everywhere(const void* p) { return set_words_32(p); }
@@ -75,7 +76,7 @@ struct Grouped {
   using Sum = int32_t;
   static constexpr bool WIDE = false;
   using Acc = Sums;
-  static constexpr int STEP = 2 * BYTES, B_STEP = 3 * BYTES, TILE_M = QG_AVX512 ? 4 : 2, OFFSET = 128;
+  static constexpr int STEP = 2 * BYTES, B_STEP = 3 * BYTES, TILE_M = QG_AVX512 ? 4 : 2, FEW = 16, OFFSET = 128;
   struct Codes {
     I even, odd;
   };

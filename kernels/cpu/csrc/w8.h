@@ -4,8 +4,8 @@
 
 namespace qg {
 
-// Activations as T multiplies them: of its type, in rows of whole vectors with zeros at the end. A copy, unless they
-// come like that; `data` is null if there is no memory.
+// Activations as T multiplies them: of its type, in rows of whole vectors (or steps of so many features) with zeros at
+// the end. A copy, unless they come like that; `data` is null if there is no memory.
 template <class T>
 struct Whole {
   using A = typename T::A;
@@ -14,8 +14,8 @@ struct Whole {
   Memory<A> copy;
   const A* data;
 
-  explicit Whole(const Rows& x)
-      : k(round_up(x.k, T::STEP)),
+  explicit Whole(const Rows& x, int64_t step = T::STEP)
+      : k(round_up(x.k, step)),
         as_they_come(k == x.k && x.type == (std::is_same_v<A, float> ? FLOAT32 : BFLOAT16)),
         copy(as_they_come ? 0 : x.m * k),
         data(as_they_come ? (const A*)x.data : copy.data) {

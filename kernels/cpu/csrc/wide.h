@@ -16,7 +16,7 @@ constexpr int WIDE_ROWS = QG_AVX512 ? 8 : 4, WIDE_VECTORS = 3;
 constexpr int ROWS_MANY = 64;
 constexpr int64_t CHUNK_BYTES_WIDE = 2048;
 // Fewer tokens leave too many lanes empty.
-constexpr int64_t WIDE_TOKENS = 32;
+constexpr int64_t WIDE_TOKENS = 27;
 
 // How many of a panel's tokens are turned: a vector that would be half empty is left to the tile of `gemm.h`.
 inline int64_t turned_of(int64_t tokens) {

@@ -1,0 +1,144 @@
+// The product for a few tokens, on a machine that multiplies bfloat16: weights go from memory to the multipliers.
+//
+// The product of `gemm.h` unpacks a piece of the weight into the cache and reads it from there. For so few tokens that
+// takes longer than the products. Here 64 weights of a row are unpacked into two registers and used; for more tokens
+// than a tile has they are unpacked again.
+#pragma once
+#include "activations.h"
+
+#if QG_BF16
+namespace qg {
+
+// Features of a step: two vectors of weights, each of one group.
+constexpr int64_t FEW_STEP = 64, FEW_UNIT = FEW_STEP / 2;
+// A tile of the product: its sums and its weights fill the registers. More tokens would not fit the first-level cache.
+constexpr int FEW_TILE_TOKENS = 5, FEW_TILE_ROWS = 4;
+// Rows of a task.
+constexpr int FEW_ROWS = 2 * LANES;
+
+// Scales, and with ZERO zero points, of FEW_TILE_ROWS rows as floats, and which of them are a step's.
+template <bool ZERO>
+struct FewSteps {
+  int64_t groups, units, group = 0, unit = 0;
+  const float *scales, *zeros;  // (FEW_TILE_ROWS, groups)
+  int64_t of[2] = {};           // the groups of the two vectors of a step
+
+  static int64_t floats(int64_t groups) { return (ZERO ? 2 : 1) * FEW_TILE_ROWS * groups; }
+
+  FewSteps(const Rows& all, const int8_t* zero_point, int64_t group_size, int64_t row, int count, float* scratch)
+      : groups(all.k), units(group_size / FEW_UNIT), scales(scratch), zeros(scratch + FEW_TILE_ROWS * groups) {
+    for (int r = 0; r < FEW_TILE_ROWS; r++) {
+      const int64_t from = (row + std::min(r, count - 1)) * groups, to = r * groups;
+      to_floats(all, from, groups, scratch + to);
+      if (ZERO) std::copy_n(zero_point + from, groups, scratch + FEW_TILE_ROWS * groups + to);
+    }
+  }
+
+  void next() {
+    for (int64_t& at : of) {
+      at = std::min(group, groups - 1);  // a row may end in half a step
+      if (++unit == units) unit = 0, group++;
+    }
+  }
+  F scale(int r, int half) const { return set_f(scales[r * groups + of[half]]); }
+  F zero(int r, int half) const { return set_f(zeros[r * groups + of[half]]); }
+};
+
+// A weight is what this asks of it:
+//   layer                       whose `out`, `scratch_bytes` and `finish` are those of `gemm.h`
+//   STEP_BYTES, data, bytes     of a step; where the rows are, and the bytes of each
+//   length()                    features of a row in whole steps, as activations have them
+//   floats()                    of scratch that Steps takes
+//   Steps(weight, row, count, scratch)
+//                               what differs from group to group, for FEW_TILE_ROWS rows of which `count` are there;
+//                               next() goes on to the next step
+//   unpack(at, steps, r, to)    one step of row r -> two vectors
+// act (tokens, length()), in the order in which weights are unpacked.
+template <class Weight>
+struct Few {
+  const Weight& weight;
+  const bf16* act;
+  int64_t tokens;
+  using Steps = typename Weight::Steps;
+
+  // Sums (M, FEW_ROWS) of the rows of a tile with M tokens.
+  template <int M>
+  void tile(const bf16* x, const uint8_t* const* rows, Steps steps, float* sums) const {
+    constexpr int R = FEW_TILE_ROWS;
+    const int64_t length = weight.length();
+    const uint8_t* at[R];
+    for (int r = 0; r < R; r++) at[r] = rows[r];
+    uint8_t rest[R][Weight::STEP_BYTES];
+    F acc[R][M] = {};
+    int64_t from = 0;
+    for (int64_t i = 0, left = weight.bytes; i < length; i += FEW_STEP, left -= Weight::STEP_BYTES) {
+      if (left < Weight::STEP_BYTES) {  // what follows is another row, or not ours to read
+        memset(rest, 0, sizeof rest);
+        for (int r = 0; r < R; r++) memcpy(rest[r], at[r] + from, size_t(left)), at[r] = rest[r];
+        from = 0;
+      }
+      steps.next();
+      I w[R][2];
+      for (int r = 0; r < R; r++) {
+        prefetch(at[r] + from + FEW_TILE_ROWS * weight.bytes);
+        Weight::unpack(at[r] + from, steps, r, w[r]);
+      }
+#pragma GCC unroll 5  // whole, or the sums would lie in memory; likewise below
+      for (int m = 0; m < M; m++) {
+        const I a = load_i(x + m * length + i), b = load_i(x + m * length + i + FEW_UNIT);
+        for (int r = 0; r < R; r++) acc[r][m] = dot_bf16(dot_bf16(acc[r][m], a, w[r][0]), b, w[r][1]);
+      }
+      from += Weight::STEP_BYTES;
+    }
+#pragma GCC unroll 5
+    for (int m = 0; m < M; m++)
+      _mm_storeu_ps(sums + m * FEW_ROWS, sum_of_4(acc[0][m], acc[1][m], acc[2][m], acc[3][m]));
+  }
+
+  void tiles(int64_t many, const bf16* x, const uint8_t* const* rows, const Steps& steps, float* sums) const {
+    switch (many) {
+      case 1: return tile<1>(x, rows, steps, sums);
+      case 2: return tile<2>(x, rows, steps, sums);
+      case 3: return tile<3>(x, rows, steps, sums);
+      case 4: return tile<4>(x, rows, steps, sums);
+      case 5: return tile<5>(x, rows, steps, sums);
+    }
+  }
+
+  // Returns 0, or 1 when there is no memory.
+  int run() const {
+    const auto& layer = weight.layer;
+    const int64_t n = layer.out.n, length = weight.length(), blocks = (n + FEW_ROWS - 1) / FEW_ROWS;
+    const int64_t parts = (tokens + FEW_TILE_TOKENS - 1) / FEW_TILE_TOKENS;
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) if (tokens * n * length > PARALLEL_WORK)
+    for (int64_t task = 0; task < blocks; task++) {
+      auto* sums = (float*)scratch<0>(sizeof(float) * tokens * FEW_ROWS);
+      auto* floats = (float*)scratch<1>(sizeof(float) * (weight.floats() + 1));
+      auto* extra = (float*)scratch<2>(layer.scratch_bytes());
+      if (!sums || !floats || (!extra && layer.scratch_bytes())) {
+#pragma omp atomic write
+        failed = 1;
+        continue;
+      }
+      const int64_t row = task * FEW_ROWS;
+      const int rows = int(std::min<int64_t>(FEW_ROWS, n - row));
+      for (int r = 0; r < rows; r += FEW_TILE_ROWS) {
+        const int count = std::min(FEW_TILE_ROWS, rows - r);
+        const uint8_t* at[FEW_TILE_ROWS];
+        for (int i = 0; i < FEW_TILE_ROWS; i++) at[i] = weight.data + (row + r + std::min(i, count - 1)) * weight.bytes;
+        const Steps steps(weight, row + r, count, floats);
+        for (int64_t part = 0; part < parts; part++) {
+          const int64_t m = tokens * part / parts;
+          tiles(tokens * (part + 1) / parts - m, act + m * length, at, steps, sums + m * FEW_ROWS + r);
+        }
+      }
+      typename std::decay_t<decltype(layer)>::Block block{extra};
+      layer.finish(0, tokens, row, rows, sums, FEW_ROWS, block);
+    }
+    return failed;
+  }
+};
+
+}  // namespace qg
+#endif
