@@ -205,7 +205,8 @@ def test_int8_weights_of_odd_shapes_times_few_tokens(lib, n, k):
             ops.w8a16_linear(x, qweight, scale[:, 0].contiguous(), None),
             ops.w8_group_linear(x, qweight, scale, None, None, size),
         ):
-            assert relative_to_sums(y, x.double() @ weight.t(), x, weight) < TOLERANCE[x.dtype]
+            # Of so few outputs each may be off by half a step, and so may its weight.
+            assert relative_to_sums(y, x.double() @ weight.t(), x, weight) < 2 * TOLERANCE[x.dtype]
 
 
 def at_the_end_of_memory(dtype, *shape):
