@@ -151,7 +151,7 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
 
 def own_names(old: nn.Module, new: nn.Module) -> str:
     """Why `new` cannot have the attributes that the user hung on the old module, or ""."""
-    taken = sorted(old.__dict__.keys() & {*new._buffers, *new._parameters, *new._modules})
+    taken = sorted(key for key in old.__dict__.keys() & _tensors_of(new) if old.__dict__[key] is not None)
     return f"has an attribute '{taken[0]}', and a {type(new).__name__} keeps a tensor by that name" if taken else ""
 
 
@@ -165,9 +165,14 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     new.training = old.training
     if is_pointwise(old):
         new.stride = old.stride
+    kept = {*new.__dict__, *_tensors_of(new)}
     for key, value in old.__dict__.items():
-        if key not in new.__dict__ and not hasattr(type(new), key):
+        if key not in kept and not hasattr(type(new), key):
             new.__dict__[key] = value
+
+
+def _tensors_of(module: nn.Module) -> set[str]:
+    return {*module._buffers, *module._parameters, *module._modules}
 
 
 def _obstacle(module: nn.Module) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from qgraft import Quantizer, Report, save
 from qgraft.quantizer import CheckpointError, cli
+from qgraft.quantizer.cli_report import Kind
 from qgraft.quantizer.html import data, drawing, page
 from qgraft.quantizer.html.against import fill_details
 
@@ -292,8 +293,8 @@ def test_wrong_usage_is_told_before_anything_is_read(run, tmp_path):
 
 
 def test_every_kind_of_the_command_is_a_figure():
-    assert [kind.value for kind in cli.Kind] == sorted(drawing.KINDS, key=[k.value for k in cli.Kind].index)
-    assert {kind.value for kind in cli.Kind} == set(drawing.KINDS)
+    assert [kind.value for kind in Kind] == sorted(drawing.KINDS, key=[k.value for k in Kind].index)
+    assert {kind.value for kind in Kind} == set(drawing.KINDS)
 
 
 def test_without_the_extra_the_message_says_what_to_install(run, folders, monkeypatch):

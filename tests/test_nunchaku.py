@@ -359,7 +359,7 @@ def test_awq_layers_become_w4a16_with_modulations_in_diffusers_order(chunks):
     layer = nunchaku.import_awq(tensors, (n, k), modulation=bool(chunks))
     assert type(layer) is W4A16Linear
     assert torch.allclose(layer.dequantize().double(), weight.flatten(1), atol=1e-9)
-    assert torch.allclose(layer.bias.float(), bias, atol=2**-7)
+    assert torch.allclose(layer.bias.float(), bias, atol=2**-5)  # rounded twice, up to 5
     with pytest.raises(ValueError, match="no multiple"):
         nunchaku.import_awq(tensors | {"wzeros": tensors["wzeros"] * 1.05}, (n, k))
 
