@@ -8,7 +8,10 @@ A subclass's Scheme has the options rank, group_size, rotate, svd and iterations
 first.
 """
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +20,25 @@ from ..kernels.operands import HALF
 from .algorithms.alternation import alternate
 from .algorithms.rounding import round_to_groups
 from .base import QuantLinear
+
+Solver = Annotated[Literal["randomized", "exact"], Field(description="solver of the low-rank branch")]
+Iterations = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=100,
+        description="turns at most of branch and residual, each made for what the other leaves; 0: the plain SVD",
+    ),
+]
+
+
+def check_rank(rank: int, in_features: int, out_features: int) -> None:
+    """Raise ValueError for a branch of a higher rank than the weight has."""
+    if rank > min(in_features, out_features):
+        raise ValueError(
+            f"rank {rank} is more than a {out_features} x {in_features} weight has: "
+            f"choose rank <= {min(in_features, out_features)}"
+        )
 
 
 class Int4Linear(QuantLinear):

@@ -1,5 +1,6 @@
 """What a layer may want to know of its inputs: running statistics over calibration tokens."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -71,12 +72,12 @@ class Stats:
 
     @property
     def second_moment(self) -> Tensor | None:
-        return sum(self._moment_sums.values()) / self.tokens if self._moment_sums else None
+        return _total(self._moment_sums) / self.tokens if self._moment_sums else None
 
     @property
     def drift_moment(self) -> Tensor | None:
         """(K, K) float32: the mean of (exact - x)^T x; None unless sequential calibration has both."""
-        return sum(self._drift_sums.values()) / self.tokens if self._drift_sums else None
+        return _total(self._drift_sums) / self.tokens if self._drift_sums else None
 
     @property
     def halves(self) -> list[tuple[Tensor, Tensor]]:
@@ -90,3 +91,8 @@ def _sum_of(sums: dict[int, Tensor], half: int, x: Tensor) -> Tensor:
     if half not in sums:
         sums[half] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
     return sums[half]
+
+
+def _total(sums: dict[int, Tensor]) -> Tensor:
+    # Not sum(): it begins with 0, and so with a copy.
+    return functools.reduce(torch.add, sums.values())

@@ -28,7 +28,7 @@ from .algorithms import rounding, signs, smoothing
 from .algorithms.gptq import gptq_int4
 from .algorithms.lowrank import low_rank
 from .base import Scheme, register
-from .int4 import Int4Linear
+from .int4 import Int4Linear, Iterations, Solver, check_rank
 from .stats import Stats
 
 ALPHA_BY_WEIGHTS = 0.1
@@ -71,13 +71,8 @@ class SVDQScheme(Scheme):
     rounding: Literal["auto", "gptq", "rtn"] = Field(
         "auto", description="gptq needs calibration data; 'auto': gptq if there is any, else nearest"
     )
-    svd: Literal["randomized", "exact"] = Field("randomized", description="solver of the low-rank branch")
-    iterations: int = Field(
-        8,
-        ge=0,
-        le=100,
-        description="turns at most of branch and residual, each made for what the other leaves; 0: the plain SVD",
-    )
+    svd: Solver = "randomized"
+    iterations: Iterations = 8
 
     @model_validator(mode="after")
     def _signs_need_a_rotation(self) -> "SVDQScheme":
@@ -93,11 +88,7 @@ class SVDQScheme(Scheme):
         return self.smooth != "none" or self.rotation_signs in ("searched", "random")
 
     def check_shape(self, in_features: int, out_features: int) -> None:
-        if self.rank > min(in_features, out_features):
-            raise ValueError(
-                f"rank {self.rank} is more than a {out_features} x {in_features} weight has: "
-                f"choose rank <= {min(in_features, out_features)}"
-            )
+        check_rank(self.rank, in_features, out_features)
         require_int32_sums(-(-in_features // self.group_size) * self.group_size, FOLDED_PRODUCT)
 
     def needs_data(self) -> str:

@@ -18,7 +18,7 @@ from ..kernels.packing import pack_int4
 from .algorithms import rounding
 from .algorithms.gptq import gptq_int4
 from .base import Scheme, register
-from .int4 import Int4Linear
+from .int4 import Int4Linear, Iterations, Solver, check_rank
 from .stats import Stats
 
 # With one scale a row, rows are padded to whole 16 bytes.
@@ -37,13 +37,8 @@ class W4A16Scheme(Scheme):
         "auto", description="gptq needs calibration data; 'auto': gptq if there is any, else nearest"
     )
     rank: int = Field(0, ge=0, le=1024, description="rank of a 16-bit low-rank branch; 0: no branch")
-    svd: Literal["randomized", "exact"] = Field("randomized", description="solver of the low-rank branch")
-    iterations: int = Field(
-        8,
-        ge=0,
-        le=100,
-        description="turns at most of branch and residual, each made for what the other leaves; 0: the plain SVD",
-    )
+    svd: Solver = "randomized"
+    iterations: Iterations = 8
 
     @model_validator(mode="after")
     def _rotation_needs_groups(self) -> "W4A16Scheme":
@@ -52,11 +47,7 @@ class W4A16Scheme(Scheme):
         return self
 
     def check_shape(self, in_features: int, out_features: int) -> None:
-        if self.rank > min(in_features, out_features):
-            raise ValueError(
-                f"rank {self.rank} is more than a {out_features} x {in_features} weight has: "
-                f"choose rank <= {min(in_features, out_features)}"
-            )
+        check_rank(self.rank, in_features, out_features)
 
     def needs_data(self) -> str:
         if self.rounding == "gptq":

@@ -12,14 +12,14 @@ from ..layers import Unsuitable
 from .calibration import Runner
 from .checkpoint import join
 from .distributed import Ranks
-from .errors import CalibrationError, QuantizeError
+from .errors import CalibrationError
 from .float_files import FloatFiles
 from .graft import graft, with_heads
 from .paging import PagedModel, PagedRunner
 from .partial import Partial, Row
 from .plan import Plan, PlannedLayer
 from .stages import Stages
-from .units import float_modules, graft_known, row_of
+from .units import failed, float_modules, graft_known, row_of
 
 
 def check_data(run: Runner, ranks: Ranks) -> None:
@@ -81,11 +81,7 @@ class CalibratedParts:
         except Unsuitable as reason:
             row = Row(planned.name, left=str(reason))
         except Exception as error:
-            shape = f"{planned.out_features} x {planned.in_features}"
-            raise QuantizeError(
-                f"layer '{planned.label}' ({planned.scheme_name}, {shape}): {type(error).__name__}: {error}. "
-                "What was done before is kept: the same command goes on from there."
-            ) from error
+            raise failed(planned, error) from error
         in_fused = any(planned.name in unit.layers for unit in self.paged.fused.values())
         module = self.paged.model.get_submodule(planned.name)
         tensors = module.state_dict(prefix=join(planned.name, "")) if in_fused or not row.left else {}

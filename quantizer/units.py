@@ -85,15 +85,20 @@ def quantize_unit(
             except Unsuitable as reason:
                 row = Row(name, left=str(reason))
             except Exception as error:
-                shape = f"{planned.out_features} x {planned.in_features}"
-                raise QuantizeError(
-                    f"layer '{planned.label}' ({planned.scheme_name}, {shape}): {type(error).__name__}: {error}. "
-                    "What was done before is kept: the same command goes on from there."
-                ) from error
+                raise failed(planned, error) from error
             rows.append(row)
         if unit.fused or (planned is not None and not row.left):
             result.update({join(name, key): t.cpu().contiguous() for key, t in made.state_dict().items()})
     return result, rows
+
+
+def failed(planned: PlannedLayer, error: Exception) -> QuantizeError:
+    """What to raise for a layer whose quantization raised `error`, when finished layers are in files."""
+    shape = f"{planned.out_features} x {planned.in_features}"
+    return QuantizeError(
+        f"layer '{planned.label}' ({planned.scheme_name}, {shape}): {type(error).__name__}: {error}. "
+        "What was done before is kept: the same command goes on from there."
+    )
 
 
 def float_modules(model: nn.Module, unit: Unit, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module]]:
