@@ -135,7 +135,10 @@ def check(mesh, rank):
         logits = spread(ids).logits
     attention = spread.model.layers[0].self_attn
     assert attention.q_proj.qweight.shape == (64, 64) and attention.o_proj.proj_up.shape == (128, 8)
-    assert ((logits - expected).norm() / expected.norm()).item() < 1e-3
+    # Sums in another order move an activation on the edge of two codes, and then what follows it: half a percent.
+    # A part that is lost or added twice is tens of percents.
+    error = ((logits - expected).norm() / expected.norm()).item()
+    assert error < 2e-2, error
     try:
         spread.save_pretrained(folder + "/out")
         raise AssertionError("saved")
