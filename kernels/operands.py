@@ -22,6 +22,12 @@ def require_int32_sums(features: int, product: int, op: str = "") -> None:
         )
 
 
+def require_zero_points(op: str, act_zero_point: bool, two_level: bool, act_bits: int) -> None:
+    """ValueError for a zero point of activations where there is none."""
+    if act_zero_point and not (two_level and act_bits == 4):
+        raise ValueError(f"{op}: act_zero_point is for activations of 4 bits with two-level scales")
+
+
 def require_whole_groups(op: str, features: int, padded: int, group_size: int) -> None:
     """ValueError unless `padded` features are whole groups that hold `features`; group_size 0: neither is wanted."""
     if padded < features or (padded % group_size if group_size else padded != features):

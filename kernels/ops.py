@@ -23,7 +23,8 @@ _lib = torch.library.Library("qgraft", "DEF")
 
 _SVDQ_ARGS = (
     "Tensor x, Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? smooth_factor, "
-    "Tensor? proj_down, Tensor? proj_up, Tensor? bias, int group_size, bool rotate, int act_bits"
+    "Tensor? proj_down, Tensor? proj_up, Tensor? bias, int group_size, bool rotate, int act_bits, "
+    "bool act_zero_point=False"
 )
 _lib.define("w8a32_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
 _lib.define("w8a16_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
@@ -43,7 +44,7 @@ _lib.define("bitnet_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias)
 _lib.define(f"svdq_linear({_SVDQ_ARGS}) -> Tensor")
 _lib.define(
     "svdq_quantize(Tensor x, Tensor? smooth_factor, Tensor? proj_down, int padded, int group_size, "
-    "bool rotate, bool two_level, int act_bits) -> (Tensor, Tensor, Tensor)"
+    "bool rotate, bool two_level, int act_bits, bool act_zero_point=False) -> (Tensor, Tensor, Tensor)"
 )
 
 w8a32_linear = torch.ops.qgraft.w8a32_linear
@@ -124,7 +125,7 @@ def _fake_linear(x: Tensor, qweight: Tensor, *_) -> Tensor:
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-def _fake_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits):
+def _fake_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits, act_zero_point=False):
     m = x.shape[0]
     groups = 1 if two_level or act_bits == 8 else padded // group_size
     rank = 0 if proj_down is None else proj_down.shape[1]
@@ -186,7 +187,7 @@ def _backward_w8_group(ctx, grad: Tensor):
 
 
 def _save_svdq(ctx, inputs, output) -> None:
-    x, *tensors, bias, group_size, rotate, _ = inputs
+    x, *tensors, bias, group_size, rotate, _, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.in_features, ctx.group_size, ctx.rotate = x.shape[1], group_size, rotate
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -197,7 +198,7 @@ def _backward_svdq(ctx, grad: Tensor):
     if ctx.needs_input_grad[0]:
         weight = reference.svdq_dequantize(ctx.in_features, *ctx.saved_tensors, ctx.group_size, ctx.rotate)
         grad_x = (grad.float() @ weight).to(grad.dtype)
-    return grad_x, None, None, None, None, None, None, _grad_bias(ctx, grad, 7), None, None, None
+    return grad_x, None, None, None, None, None, None, _grad_bias(ctx, grad, 7), None, None, None, None
 
 
 def _save_w8a8(ctx, inputs, output) -> None:

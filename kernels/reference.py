@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .operands import require_zero_points
 from .packing import unpack_int4, unpack_ternary
 
 # A group's integer scale and an int4 code multiply to an int8: 16 * -8 = -128.
@@ -18,6 +19,8 @@ INT8_MAX = 127
 # Steps of a 4-bit activation from 0 to the largest of its group. The largest is rounded down to code 7, off by half a
 # step as any other number may be, and all steps are 7 % finer than with 7: 0.25 dB less noise, for nothing.
 ACT_STEPS = 7.5
+# The same from the least to the largest of a group with a zero point: 16 codes that reach a quarter of a step less far.
+ACT_SPAN = 15.5
 # Below this a row counts as zero: its codes are 0 whatever it is divided by.
 TINY = 1e-30
 
@@ -180,6 +183,7 @@ def svdq_quantize(
     rotate: bool,
     two_level: bool,
     act_bits: int,
+    act_zero_point: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize activations and project them down, the two readers of x in one place.
 
@@ -194,8 +198,13 @@ def svdq_quantize(
     ones, a * code in [-112, 112], so that x' ~ codes * scale of the token and one int8 product does the whole row.
     The integer is rounded to nearest (a little clipping costs less than coarser steps), and the largest magnitude is
     7.5 steps (ACT_STEPS), not 7.
+    Four bits, two-level, act_zero_point: 16 codes from about the least to about the largest of each group, as whole
+    steps from 0: the folded ones are a * (code - zero_point), in [-126, 126], and cost the product nothing.
     Eight bits: one float per token, codes in [-127, 127].
+
+    Raises ValueError for act_zero_point where it means nothing: with eight bits, or a float scale per group.
     """
+    require_zero_points("svdq_quantize", act_zero_point, two_level, act_bits)
     x = x.float()
     lora_act = x @ proj_down.float() if proj_down is not None else x.new_zeros(x.shape[0], 0)
     x = smooth_and_rotate(x, smooth_factor, padded, group_size if rotate else 0)
@@ -209,6 +218,13 @@ def svdq_quantize(
         codes = (groups / scale).round().clamp(-INT4_MAX, INT4_MAX)
         return codes.flatten(-2).to(torch.int8), scale.squeeze(-1), lora_act
     token_scale = (absmax.amax(1, keepdim=True) / (ACT_STEPS * MAX_GROUP_SCALE)).clamp_min(TINY)  # (M, 1, 1)
+    if act_zero_point:
+        least, largest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        integer = ((largest - least) / (ACT_SPAN * token_scale)).round().clamp(1, MAX_GROUP_SCALE)
+        step = integer * token_scale
+        first = ((largest + least) / (2 * step) - 7.5).round()  # minus the zero point
+        codes = torch.minimum(torch.maximum((groups / step).round(), first), first + 15) * integer
+        return codes.flatten(-2).to(torch.int8), token_scale.squeeze(-1), lora_act
     integer = (absmax / (ACT_STEPS * token_scale)).round().clamp(1, MAX_GROUP_SCALE)
     codes = (groups / (integer * token_scale)).round().clamp(-INT4_MAX, INT4_MAX) * integer
     return codes.flatten(-2).to(torch.int8), token_scale.squeeze(-1), lora_act
@@ -256,6 +272,7 @@ def svdq_linear(
     group_size: int,
     rotate: bool,
     act_bits: int,
+    act_zero_point: bool = False,
 ) -> Tensor:
     """The whole layer: :func:`svdq_quantize` then :func:`svdq_gemm`. x (M, K) -> (M, N) in x's dtype."""
     codes, act_scale, lora_act = svdq_quantize(
@@ -267,6 +284,7 @@ def svdq_linear(
         rotate,
         group_scale is not None,
         act_bits,
+        act_zero_point,
     )
     return svdq_gemm(codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, group_size, x.dtype)
 

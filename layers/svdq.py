@@ -5,7 +5,8 @@ After SVDQuant (Li et al., arXiv 2411.05007), with a Hadamard rotation inside ea
     W'   = (W diag(s)) H                     smoothed, rotated weight
     U D  = a rank-r part of W'               in 16 bit
     R    = W' - U D                          the residual, in int4
-    x'   = (x / s) H                         in int4, per token and group, at run time; int8 per token in W4A8
+    x'   = (x / s) H                         in int4 with a zero point, per token and group, at run time; int8 per
+                                             token in W4A8
     y    = Q(x') Q(R)^T + x (diag(1/s) H D^T) U^T + bias
 
 The down-projection is stored in the basis of x as it comes: the branch sees neither smoothing nor rotation. s may be
@@ -83,6 +84,11 @@ class SVDQScheme(Scheme):
             )
         return self
 
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether a group of activations has a zero point."""
+        return False
+
     def has_factor(self) -> bool:
         """Whether x is divided by a smooth_factor."""
         return self.smooth != "none" or self.rotation_signs in ("searched", "random")
@@ -101,6 +107,28 @@ class SVDQScheme(Scheme):
         return ""
 
 
+class SVDQW4A4Scheme(SVDQScheme):
+    """Options of W4A4."""
+
+    act_zero_point: bool | None = Field(
+        None,
+        description="a zero point for each group of activations: 16 codes from the least to the largest of the group, "
+        "at no cost in time; none given: with two-level scales, which alone can have them",
+    )
+
+    @model_validator(mode="after")
+    def _zero_points_need_integers(self) -> "SVDQW4A4Scheme":
+        if self.act_zero_point and self.scales != "two_level":
+            raise ValueError(
+                f"act_zero_point: true needs scales: two_level, not {self.scales}; leave one of the two options out"
+            )
+        return self
+
+    @property
+    def has_zero_points(self) -> bool:
+        return self.scales == "two_level" if self.act_zero_point is None else self.act_zero_point
+
+
 @register("w4a4_svd")
 class SVDQW4A4Linear(Int4Linear):
     """int4 x int4 with a low-rank branch. The buffers of Int4Linear, and
@@ -109,7 +137,7 @@ class SVDQW4A4Linear(Int4Linear):
     group_scale    (N, Kp // G)  uint8 in 1..16 (two_level), or none
     """
 
-    Scheme = SVDQScheme
+    Scheme = SVDQW4A4Scheme
     needs = frozenset({"absmax", "second_moment"})
     act_bits = 4
     # The smooth_alpha that was taken or found; None before quantize(), and without smoothing.
@@ -243,6 +271,7 @@ class SVDQW4A4Linear(Int4Linear):
             s.group_size,
             s.rotate,
             self.act_bits,
+            s.has_zero_points,
         )
 
     def dequantize(self) -> Tensor:
@@ -266,4 +295,5 @@ class SVDQW4A8Linear(SVDQW4A4Linear):
     More accurate at the same cost wherever the units multiply int8 anyway (a CPU, Hopper).
     """
 
+    Scheme = SVDQScheme
     act_bits = 8

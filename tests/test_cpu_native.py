@@ -245,7 +245,11 @@ def test_int8_weights_end_where_they_end(lib, k):
             assert relative_to_sums(y, x.double() @ weight.t(), x, weight) < TOLERANCE[x.dtype]
 
 
-def svdq_args(m, n, k, group_size, rank, act_bits, dtype=torch.float32, rotate=True):
+# act_bits, act_zero_point
+ACTIVATIONS = [(4, False), (4, True), (8, False)]
+
+
+def svdq_args(m, n, k, group_size, rank, act_bits, dtype=torch.float32, rotate=True, act_zero_point=False):
     padded = -(-k // group_size) * group_size
     return (
         with_outliers(m, k, dtype),
@@ -259,23 +263,25 @@ def svdq_args(m, n, k, group_size, rank, act_bits, dtype=torch.float32, rotate=T
         group_size,
         rotate,
         act_bits,
+        act_zero_point,
     )
 
 
-@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("act_bits, act_zero_point", ACTIVATIONS)
 @pytest.mark.parametrize("group_size, rank", [(16, 3), (32, 0), (64, 32), (128, 40), (256, 1)])
-def test_svdq_is_the_reference(lib, group_size, rank, act_bits):
+def test_svdq_is_the_reference(lib, group_size, rank, act_bits, act_zero_point):
     for m in TOKENS:
         for n, k in [(33, 77), (70, 1100)]:
-            args = svdq_args(m, n, k, group_size, rank, act_bits, rotate=False)
+            args = svdq_args(m, n, k, group_size, rank, act_bits, rotate=False, act_zero_point=act_zero_point)
             assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < TOLERANCE[torch.float32]
             # Rotated, sums in another order put an activation on the other side of a rounding now and then: the
             # product is that of its own codes.
             x, qweight, scale, group_scale, smooth_factor, down, up, bias, *_ = args
             padded = 2 * qweight.shape[1]
-            codes = ops.svdq_quantize(x, smooth_factor, down, padded, group_size, True, True, act_bits)
+            activations = (True, act_bits, act_zero_point)
+            codes = ops.svdq_quantize(x, smooth_factor, down, padded, group_size, True, *activations)
             exact = reference.svdq_gemm(*codes, qweight, scale, group_scale, up, bias, group_size, torch.float64)
-            assert relative(ops.svdq_linear(*args[:-2], True, act_bits), exact) < TOLERANCE[torch.float32]
+            assert relative(ops.svdq_linear(*args[:-3], *activations), exact) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
@@ -294,16 +300,16 @@ def test_svdq_takes_and_gives_every_float(lib, dtype):
     assert y.dtype is dtype and relative(y, reference.svdq_linear(*args)) < max(2e-3, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("act_bits, act_zero_point", ACTIVATIONS)
 @pytest.mark.parametrize("group_size", [16, 64, 256])
-def test_codes_are_those_of_the_reference(lib, group_size, act_bits):
+def test_codes_are_those_of_the_reference(lib, group_size, act_bits, act_zero_point):
     x, smooth, down = with_outliers(20, 500, torch.float32), torch.rand(500) + 0.5, torch.randn(500, 37).bfloat16()
     for rotate in (False, True):
-        args = (x, smooth, down, -(-500 // group_size) * group_size, group_size, rotate, True, act_bits)
+        args = (x, smooth, down, -(-500 // group_size) * group_size, group_size, rotate, True, act_bits, act_zero_point)
         codes, scale, lora = ops.svdq_quantize(*args)
         wanted, wanted_scale, wanted_lora = reference.svdq_quantize(*args)
         different = (codes != wanted).float().mean().item()
-        assert different == 0 if not rotate else different < 1e-3
+        assert different == 0 if not rotate else different < (5e-3 if act_zero_point else 1e-3)
         torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
         assert relative(lora, wanted_lora) < 1e-6
 
@@ -317,12 +323,12 @@ def test_the_largest_products_do_not_saturate(lib, m, sign):
     y = ops.w8a8_linear(x, torch.full((n, k), -128, dtype=torch.int8), torch.ones(n), None, None, None, None)
     torch.testing.assert_close(y, torch.full((m, n), -384.0 * k) * sign, rtol=1e-6, atol=0)
     qweight = pack_int4(torch.full((n, k), -8, dtype=torch.int8))
-    for bits in (4, 8):
+    for bits, zero_point in ACTIVATIONS:
         y = ops.svdq_linear(
             x, qweight, torch.ones(n), torch.full((n, k // 64), 16, dtype=torch.uint8), None, None, None, None, 64,
-            False, bits,
+            False, bits, zero_point,
         )  # fmt: skip
-        largest = 3.0 if bits == 8 else 3.0 * 7 / 7.5  # of an activation, once it is rounded
+        largest = 3.0 * 7 / 7.5 if bits == 4 and not zero_point else 3.0  # of an activation, once it is rounded
         torch.testing.assert_close(y, torch.full((m, n), -128.0 * largest * k) * sign, rtol=1e-6, atol=0)
 
 

@@ -35,6 +35,10 @@ TABLE = "H200"
 # ---- the cases: kernel and arguments, as strings and numbers --------------------------------------------------------
 
 
+# Activations: two_level, act_bits, act_zero_point.
+MODES = ((True, 4, True), (True, 8, False), (True, 4, False), (False, 4, False))
+
+
 def cases(target: str) -> list[tuple]:
     fp4 = [("nvfp4", m, 4096, 4096, "bfloat16") for m in TOKENS[1:]]
     fp4 += [("nvfp4", m, 37, 77, "float32") for m in (1, 301)]
@@ -65,17 +69,17 @@ def cases(target: str) -> list[tuple]:
     found += [("gemm", m, 37, 48, 16, True, 4, "float32", 5) for m in (1, 64, 301)]
     found += [("gemm", 301, 37, 48, 16, False, 4, "float32", 5)]
 
-    # Activations: m, k, group_size, dtype, two_level, act_bits, rotate, smooth, rank, planes. Every tile, and with it
-    # another of the many combinations of the rest.
-    rest = itertools.cycle(itertools.product(((True, 4), (True, 8), (False, 4)), (True, True, False), (True, False)))
+    # Activations: m, k, group_size, dtype, two_level, act_bits, zero_point, rotate, smooth, rank, planes. Every tile,
+    # and with it another of the many combinations of the rest.
+    rest = itertools.cycle(itertools.product(MODES, (True, True, False), (True, False)))
     seen = set()
     for k, group, dtype in itertools.product((2048, 4096, 8192), GROUPS, DTYPES):
         tile = tile_key(svdq_quantize.config(k, k, 32, group, getattr(torch, dtype), TARGETS[target]))
         if tile not in seen or (k, group, dtype) in ((8192, 16, "float32"), (8192, 64, "bfloat16")):
             seen.add(tile)
-            (two_level, act_bits), rotate, smooth = next(rest)
-            found.append(("quantize", 1024, k, group, dtype, two_level, act_bits, rotate, smooth, 32, True))
-    found += [("quantize", 1, 77, 16, "bfloat16", True, 4, True, True, 5, True)]
+            mode, rotate, smooth = next(rest)
+            found.append(("quantize", 1024, k, group, dtype, *mode, rotate, smooth, 32, True))
+    found += [("quantize", 1, 77, 16, "bfloat16", True, 4, True, True, True, 5, True)]
     found += [("smooth", m, 4096, 64, "bfloat16", planes) for m, planes in ((1, 1), (512, 4))]
     return list(dict.fromkeys(found))
 
@@ -171,11 +175,11 @@ def launch_gemm(m, n, padded, group_size, two_level, act_bits, dtype, rank):
     )
 
 
-def launch_quantize(m, k, group_size, dtype, two_level, act_bits, rotate, smooth, rank, planes):
+def launch_quantize(m, k, group_size, dtype, two_level, act_bits, zero_point, rotate, smooth, rank, planes):
     x, down = meta(m, k, dtype=dtype), meta(k, rank, dtype=dtype)
     smooth_factor = meta(k, dtype="float32") if smooth else None
     padded = -(-k // group_size) * group_size
-    svdq_quantize.quantize(x, smooth_factor, down, padded, group_size, rotate, two_level, act_bits, planes)
+    svdq_quantize.quantize(x, smooth_factor, down, padded, group_size, rotate, two_level, act_bits, zero_point, planes)
 
 
 def launch_smooth(m, k, group_size, dtype, planes):

@@ -308,7 +308,15 @@ def formula_in_float64(layer: SVDQW4A4Linear, x: torch.Tensor) -> torch.Tensor:
         step = token * (top / (7.5 * token)).round().clamp(1, 16)
     else:
         step = top / 7
-    act = (act / step[..., None]).round().clamp(-last, last) * step[..., None]
+    low = torch.full_like(step, -last)
+    high = -low
+    if s.has_zero_points:
+        token = top.amax(1, keepdim=True) / 120
+        least, most = act.amin(-1), act.amax(-1)
+        step = token * ((most - least) / (15.5 * token)).round().clamp(1, 16)
+        low = ((least + most) / 2 / step - 7.5).round()
+        high = low + 15
+    act = (act / step[..., None]).round().clamp(low[..., None], high[..., None]) * step[..., None]
     low, high = layer.qweight & 15, layer.qweight >> 4
     codes = torch.stack((low, high), -1).flatten(1).to(torch.int16)
     codes = torch.where(codes > 7, codes - 16, codes).double().view(-1, kp // g, g)

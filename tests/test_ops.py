@@ -34,7 +34,8 @@ def w8_args(dtype, m=5, k=48, n=33, bias=True):
     )
 
 
-def svdq_args(dtype=torch.float32, m=5, k=77, n=33, group_size=32, two_level=True, rank=6, act_bits=4, smooth=True):
+def svdq_args(dtype=torch.float32, m=5, k=77, n=33, group_size=32, two_level=True, rank=6, act_bits=4, smooth=True,
+              act_zero_point=False):  # fmt: skip
     kp = -(-k // group_size) * group_size
     codes = torch.randint(-8, 8, (n, kp), dtype=torch.int8)
     scale = torch.rand(n) * 0.01 + 0.001 if two_level else torch.rand(n, kp // group_size) * 0.01 + 0.001
@@ -51,11 +52,13 @@ def svdq_args(dtype=torch.float32, m=5, k=77, n=33, group_size=32, two_level=Tru
         group_size,
         True,
         act_bits,
+        act_zero_point,
     )
 
 
 SVDQ_CASES = [
     {},
+    {"act_zero_point": True},
     {"two_level": False},
     {"act_bits": 8},
     {"act_bits": 8, "two_level": False},
@@ -122,9 +125,9 @@ def test_opcheck_passes_for_svdq(case):
     x, *rest = svdq_args(**case)
     torch.library.opcheck(ops.svdq_linear.default, (x, *rest))
     torch.library.opcheck(ops.svdq_linear.default, (x.requires_grad_(), *rest))
-    _, _, _, group_scale, smooth, down, _, _, group_size, rotate, act_bits = (x, *rest)
+    _, _, _, group_scale, smooth, down, _, _, group_size, rotate, *bits = (x, *rest)
     padded = 2 * rest[0].shape[1]
-    quantize = (x.detach(), smooth, down, padded, group_size, rotate, group_scale is not None, act_bits)
+    quantize = (x.detach(), smooth, down, padded, group_size, rotate, group_scale is not None, *bits)
     torch.library.opcheck(ops.svdq_quantize.default, quantize)
 
 

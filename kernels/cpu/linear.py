@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..operands import FOLDED_PRODUCT, features_in_int32, require, require_int32_sums, require_whole_groups
+from ..operands import (
+    FOLDED_PRODUCT,
+    features_in_int32,
+    require,
+    require_int32_sums,
+    require_whole_groups,
+    require_zero_points,
+)
 from . import native, plain
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -147,12 +154,16 @@ def svdq_quantize(
     rotate: bool,
     two_level: bool,
     act_bits: int,
+    act_zero_point: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`qgraft.kernels.reference.svdq_quantize`. A token with NaN or infinity in it has the scale NaN."""
     op, lib = "svdq_quantize", native.library()
     if lib is None or not _native_groups(group_size, two_level, act_bits):
-        return reference.svdq_quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits)
+        return reference.svdq_quantize(
+            x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits, act_zero_point
+        )
     m, k = x.shape
+    require_zero_points(op, act_zero_point, two_level, act_bits)
     require_whole_groups(op, k, padded, group_size)
     smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
     rank = 0 if proj_down is None else proj_down.shape[1]
@@ -163,7 +174,7 @@ def svdq_quantize(
     if m:
         act = _activations(x)
         _call(op, lib.qg_svdq_quantize, *_typed(act), _address(smooth_factor), *_typed(proj_down), m, k, padded,
-              group_size, int(rotate), act_bits, rank, codes.data_ptr(), act_scale.data_ptr(),
+              group_size, int(rotate), act_bits, int(act_zero_point), rank, codes.data_ptr(), act_scale.data_ptr(),
               lora_act.data_ptr())  # fmt: skip
     return codes, act_scale, lora_act
 
@@ -180,6 +191,7 @@ def svdq_linear(
     group_size: int,
     rotate: bool,
     act_bits: int,
+    act_zero_point: bool = False,
 ) -> Tensor:
     """See :func:`qgraft.kernels.reference.svdq_linear`.
 
@@ -190,8 +202,10 @@ def svdq_linear(
     two_level = group_scale is not None
     if lib is None or not _native_groups(group_size, True, act_bits) or not (two_level or group_size % UNIT == 0):
         return plain.svdq_linear(
-            x, qweight, scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size, rotate, act_bits
-        )
+            x, qweight, scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size, rotate, act_bits,
+            act_zero_point,
+        )  # fmt: skip
+    require_zero_points(op, act_zero_point, two_level, act_bits)
     require_whole_groups(op, k, padded, group_size)
     if two_level:
         require_int32_sums(padded, FOLDED_PRODUCT, op)
@@ -209,7 +223,8 @@ def svdq_linear(
         act = _activations(x)
         _call(op, lib.qg_svdq if two_level else lib.qg_w4_float, *_typed(act), _address(smooth_factor),
               *_typed(proj_down), *weight, *_typed(proj_up), *_typed(bias), *_typed(y),
-              m, n, k, padded, group_size, int(rotate), act_bits, rank)  # fmt: skip
+              m, n, k, padded, group_size, int(rotate), act_bits, *([int(act_zero_point)] if two_level else []),
+              rank)  # fmt: skip
     return y.to(x.dtype)
 
 

@@ -147,8 +147,8 @@ _SIGNATURES = {
     "qg_w8a8": "pip pppp i pi pi lllll",
     "qg_bitnet": "pi pp pi pi lll",
     "qg_w4_float": "pippi ppi p pi pi pi lllll ii l",
-    "qg_svdq_quantize": "pippi llll ii l ppp",
-    "qg_svdq": "pippi ppp pi pi pi lllll ii l",
+    "qg_svdq_quantize": "pippi llll iii l ppp",
+    "qg_svdq": "pippi ppp pi pi pi lllll iii l",
 }
 
 

@@ -88,6 +88,7 @@ def svdq_linear(
     group_size: int,
     rotate: bool,
     act_bits: int,
+    act_zero_point: bool = False,
 ) -> Tensor:
     """See :func:`qgraft.kernels.reference.svdq_linear`.
 
@@ -97,7 +98,7 @@ def svdq_linear(
     padded = 2 * qweight.shape[1]
     two_level = group_scale is not None
     codes, act_scale, lora_act = reference.svdq_quantize(
-        x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits
+        x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits, act_zero_point
     )
     act = codes.float()
     if not two_level:

@@ -15,9 +15,12 @@ def svdq_quantize(
     rotate: bool,
     two_level: bool,
     act_bits: int,
+    act_zero_point: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`qgraft.kernels.reference.svdq_quantize`."""
-    return quantize(x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits, planes=False)
+    return quantize(
+        x, smooth_factor, proj_down, padded, group_size, rotate, two_level, act_bits, act_zero_point, planes=False
+    )
 
 
 def svdq_linear(
@@ -32,6 +35,7 @@ def svdq_linear(
     group_size: int,
     rotate: bool,
     act_bits: int,
+    act_zero_point: bool = False,
 ) -> Tensor:
     """See :func:`qgraft.kernels.reference.svdq_linear`."""
     codes, act_scale, lora_act = quantize(
@@ -43,6 +47,7 @@ def svdq_linear(
         rotate,
         group_scale is not None,
         act_bits,
+        act_zero_point,
         planes=True,
     )
     return gemm(codes, act_scale, lora_act, qweight, scale, group_scale, proj_up, bias, group_size, x.dtype)

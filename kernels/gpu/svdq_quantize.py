@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .. import reference
-from ..operands import require, require_whole_groups
+from ..operands import require, require_whole_groups, require_zero_points
 from .common import FLOATS, ROUNDER, TERMS, has_tensor_memory, launch, target_of
 from .low_rank import project_down
 from .rotation import rotate_groups
@@ -21,6 +21,7 @@ from .split_k import splits_for, workspace
 
 INT4_MAX = tl.constexpr(float(reference.INT4_MAX))
 ACT_STEPS = tl.constexpr(reference.ACT_STEPS)
+ACT_SPAN = tl.constexpr(reference.ACT_SPAN)
 INT8_MAX = tl.constexpr(float(reference.INT8_MAX))
 MAX_GROUP_SCALE = tl.constexpr(float(reference.MAX_GROUP_SCALE))
 TINY = tl.constexpr(reference.TINY)
@@ -63,17 +64,23 @@ def step_of(absmax, STEPS: tl.constexpr):
 
 
 @triton.jit
+def nearest(x, scale):
+    """x / scale to the nearest integer, ties to even as torch.round; float32."""
+    return (divide(x, scale) + ROUNDER) - ROUNDER
+
+
+@triton.jit
 def round_to(x, scale, LIMIT: tl.constexpr):
-    """x / scale to the nearest integer, ties to even as torch.round, within +-LIMIT; float32."""
-    x = (divide(x, scale) + ROUNDER) - ROUNDER
-    return tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+    """The same within +-LIMIT."""
+    return tl.minimum(tl.maximum(nearest(x, scale), -LIMIT), LIMIT)
 
 
 @triton.jit
 def quantize_token(
     x_ptr, smooth_ptr, codes_ptr, scale_ptr, token, K, padded,
     GROUP: tl.constexpr, ROTATE: tl.constexpr, TWO_LEVEL: tl.constexpr, ACT_BITS: tl.constexpr,
-    PLANES: tl.constexpr, X_TERMS: tl.constexpr, BLOCK_G: tl.constexpr, ONE_TILE: tl.constexpr,
+    ZERO_POINT: tl.constexpr, PLANES: tl.constexpr, X_TERMS: tl.constexpr, BLOCK_G: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """The codes of one token and its scales; with ACT_BITS 16 the smoothed and rotated numbers themselves."""
     BLOCK_K: tl.constexpr = BLOCK_G * GROUP
@@ -107,13 +114,20 @@ def quantize_token(
         elif ACT_BITS == 8:
             codes = round_to(x, token_scale, INT8_MAX)
         else:
-            absmax = tl.max(magnitude(x), axis=1)  # (BLOCK_G,)
-            if TWO_LEVEL:
-                absmax_f = absmax.to(tl.float32, bitcast=True)
+            if ZERO_POINT:
+                largest_f, least_f = tl.max(x, axis=1), tl.min(x, axis=1)  # (BLOCK_G,)
+                span = largest_f - least_f
+                integer = tl.maximum(round_to(span, token_scale * ACT_SPAN, MAX_GROUP_SCALE), 1.0)
+                step = integer * token_scale
+                first = (divide(largest_f + least_f, 2 * step) - 7.5 + ROUNDER) - ROUNDER
+                codes = nearest(x, step[:, None])
+                codes = tl.minimum(tl.maximum(codes, first[:, None]), first[:, None] + 15) * integer[:, None]
+            elif TWO_LEVEL:
+                absmax_f = tl.max(magnitude(x), axis=1).to(tl.float32, bitcast=True)
                 integer = tl.maximum(round_to(absmax_f, token_scale * ACT_STEPS, MAX_GROUP_SCALE), 1.0)
                 codes = round_to(x, (integer * token_scale)[:, None], INT4_MAX) * integer[:, None]
             else:
-                scale = step_of(absmax, INT4_MAX)
+                scale = step_of(tl.max(magnitude(x), axis=1), INT4_MAX)
                 scale_ptrs = scale_ptr + token.to(tl.int64) * groups + k // GROUP + offs_g
                 tl.store(scale_ptrs, scale, mask=k // GROUP + offs_g < groups)
                 codes = round_to(x, scale[:, None], INT4_MAX)
@@ -142,8 +156,8 @@ def svdq_quantize_kernel(
     x_ptr, smooth_ptr, down_ptr, codes_ptr, scale_ptr, lora_ptr, workspace_ptr, counter_ptr,
     M, K, padded, R, splits,
     GROUP: tl.constexpr, ROTATE: tl.constexpr, TWO_LEVEL: tl.constexpr, ACT_BITS: tl.constexpr,
-    PLANES: tl.constexpr, X_TERMS: tl.constexpr, DOWN_TERMS: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_G: tl.constexpr, ONE_TILE: tl.constexpr,
+    ZERO_POINT: tl.constexpr, PLANES: tl.constexpr, X_TERMS: tl.constexpr, DOWN_TERMS: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_G: tl.constexpr, ONE_TILE: tl.constexpr,
     LORA_M: tl.constexpr, LORA_K: tl.constexpr, LORA_R: tl.constexpr,
 ):  # fmt: skip
     # The programs of one block of LORA_M tokens, one after the other, with `projections` = ceil(R / LORA_R) * splits:
@@ -162,7 +176,7 @@ def svdq_quantize_kernel(
             if token < M:
                 quantize_token(
                     x_ptr, smooth_ptr, codes_ptr, scale_ptr, token, K, padded,
-                    GROUP, ROTATE, TWO_LEVEL, ACT_BITS, PLANES, X_TERMS, BLOCK_G, ONE_TILE,
+                    GROUP, ROTATE, TWO_LEVEL, ACT_BITS, ZERO_POINT, PLANES, X_TERMS, BLOCK_G, ONE_TILE,
                 )  # fmt: skip
     elif down_ptr is not None:
         project_down(
@@ -202,6 +216,7 @@ def quantize(
     rotate: bool,
     two_level: bool,
     act_bits: int,
+    act_zero_point: bool,
     planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`qgraft.kernels.reference.svdq_quantize`, and with `planes` the codes of a row as all even features and
@@ -213,6 +228,7 @@ def quantize(
         raise ValueError(f"{op}: group_size must be 16, 32, 64, 128 or 256, got {group_size}")
     if act_bits not in (4, 8):
         raise ValueError(f"{op}: act_bits must be 4 or 8, got {act_bits}")
+    require_zero_points(op, act_zero_point, two_level, act_bits)
     require_whole_groups(op, k, padded, group_size)
     x = require(op, x, "x", x, FLOATS, m, k)
     smooth_factor = require(op, x, "smooth_factor", smooth_factor, (torch.float32,), k)
@@ -225,7 +241,8 @@ def quantize(
     lora_act = x.new_empty(m, rank, dtype=torch.float32)
     if m == 0:
         return codes, scale, lora_act
-    scale_terms = dict(TWO_LEVEL=two_level, ACT_BITS=act_bits, PLANES=2 if planes else 1)
+    planes_of_codes = 2 if planes else 1
+    scale_terms = dict(TWO_LEVEL=two_level, ACT_BITS=act_bits, ZERO_POINT=act_zero_point, PLANES=planes_of_codes)
     _launch(x, smooth_factor, proj_down, codes, scale, lora_act, padded, group_size, rotate, scale_terms)
     return codes, scale, lora_act
 
@@ -259,7 +276,7 @@ def smooth_and_rotate(
     if not rotate:  # the groups mean nothing then, but for the shape of a tile
         group_size = 16
     if changed is not None or proj_down is not None:
-        modes = dict(TWO_LEVEL=False, ACT_BITS=16, PLANES=planes)
+        modes = dict(TWO_LEVEL=False, ACT_BITS=16, ZERO_POINT=False, PLANES=planes)
         _launch(x, smooth_factor, proj_down, changed, None, lora_act, padded, group_size, rotate, modes)
     return x if changed is None else changed, lora_act
 

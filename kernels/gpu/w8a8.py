@@ -197,7 +197,7 @@ def w8a8_linear(
     if y.numel() == 0:
         return y
     if rotation and act_scale is None and zero_point is None:  # in one launch; nothing then needs the sums
-        codes, steps, _ = quantize_rotated(x, smooth_factor, None, k, rotation, True, False, 8, planes=False)
+        codes, steps, _ = quantize_rotated(x, smooth_factor, None, k, rotation, True, False, 8, False, planes=False)
         sums = None
     else:
         if rotation:

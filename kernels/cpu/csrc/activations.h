@@ -6,7 +6,7 @@
 namespace qg {
 
 // The constants of reference.py.
-constexpr float MAX_INT4 = 7, ACT_STEPS = 7.5f, MAX_INT8 = 127, MAX_GROUP_SCALE = 16, TINY = 1e-30f;
+constexpr float MAX_INT4 = 7, ACT_STEPS = 7.5f, ACT_SPAN = 15.5f, MAX_INT8 = 127, MAX_GROUP_SCALE = 16, TINY = 1e-30f;
 
 inline F signs_of(int distance) {  // +1 where a butterfly adds, -1 where it subtracts
   float signs[LANES];
@@ -71,8 +71,10 @@ inline float absmax(const float* x, int64_t count) {
   return total;
 }
 
-inline void round_to(const float* x, int64_t count, float scale, float limit, float integer, int8_t* codes) {
-  const F step = set_f(scale), most = set_f(limit), least = set_f(-limit), times = set_f(integer);
+// round(x / scale), kept in [first, last], times an integer.
+inline void round_to(const float* x, int64_t count, float scale, float first, float last, float integer,
+                     int8_t* codes) {
+  const F step = set_f(scale), most = set_f(last), least = set_f(first), times = set_f(integer);
   for (int64_t i = 0; i < count; i += LANES) {
     const F code = min(max(round(div(load_f(x + i), step)), least), most);
     store_int8(codes + i, mul(code, times));
@@ -85,19 +87,41 @@ inline float step_of(float most, float steps) {
   return scale < TINY ? TINY : scale;
 }
 
+struct Range {
+  float least, largest;
+};
+
+inline Range range_of(const float* x, int64_t count) {
+  F low = load_f(x), high = low;
+  for (int64_t i = LANES; i < count; i += LANES) {
+    low = min(low, load_f(x + i));
+    high = max(high, load_f(x + i));
+  }
+  return {-max_of(sub(zero_f(), low)), max_of(high)};
+}
+
+inline float group_integer(float ratio) { return std::min(std::max(std::nearbyint(ratio), 1.0f), MAX_GROUP_SCALE); }
+
 // The token's scale; its codes go to codes (padded,), a multiple of LANES. Two-level for 4 bits, see reference.py.
-inline float quantize_token(const float* x, int64_t padded, int64_t group_size, int bits, int8_t* codes) {
+inline float quantize_token(const float* x, int64_t padded, int64_t group_size, int bits, bool zero_point,
+                            int8_t* codes) {
   const float most = absmax(x, padded);
   if (bits == 8) {
     const float scale = step_of(most, MAX_INT8);
-    round_to(x, padded, scale, MAX_INT8, 1, codes);
+    round_to(x, padded, scale, -MAX_INT8, MAX_INT8, 1, codes);
     return scale;
   }
   const float scale = step_of(most, ACT_STEPS * MAX_GROUP_SCALE);
   for (int64_t g = 0; g < padded; g += group_size) {
-    const float ratio = std::nearbyint(absmax(x + g, group_size) / (ACT_STEPS * scale));
-    const float integer = std::min(std::max(ratio, 1.0f), MAX_GROUP_SCALE);
-    round_to(x + g, group_size, integer * scale, MAX_INT4, integer, codes + g);
+    if (zero_point) {
+      const Range range = range_of(x + g, group_size);
+      const float integer = group_integer((range.largest - range.least) / (ACT_SPAN * scale)), step = integer * scale;
+      const float first = std::nearbyint((range.largest + range.least) / (2 * step) - 7.5f);
+      round_to(x + g, group_size, step, first, first + 15, integer, codes + g);
+    } else {
+      const float integer = group_integer(absmax(x + g, group_size) / (ACT_STEPS * scale));
+      round_to(x + g, group_size, integer * scale, -MAX_INT4, MAX_INT4, integer, codes + g);
+    }
   }
   return scale;
 }
@@ -108,7 +132,7 @@ inline void round_groups(float* x, int64_t padded, int64_t group_size, int bits,
   const float limit = bits == 8 ? MAX_INT8 : MAX_INT4;
   for (int64_t g = 0; g < padded; g += size) {
     const float scale = step_of(absmax(x + g, size), limit);
-    round_to(x + g, size, scale, limit, 1, codes);
+    round_to(x + g, size, scale, -limit, limit, 1, codes);
     for (int64_t i = 0; i < size; i += LANES) store_f(x + g + i, mul(float_of_int8(codes + i), set_f(scale)));
   }
 }

@@ -45,7 +45,7 @@ struct BitNet {
 inline int quantize_bitnet(const Rows& x, int64_t wide, Integer::A* codes, float* act_scale) {
   return each_token(x.m, wide, [=](int64_t t, float* row, int8_t* bytes) {
     prepare_token(x, t, nullptr, wide, false, 0, row);
-    act_scale[t] = quantize_token(row, wide, wide, 8, bytes);
+    act_scale[t] = quantize_token(row, wide, wide, 8, false, bytes);
     Integer::A* to = codes + t * wide;
     for (int64_t i = 0; i < wide; i += QUAD) {
       const I a = load_i(bytes + i), b = load_i(bytes + i + BYTES), c = load_i(bytes + i + 2 * BYTES);

@@ -111,9 +111,9 @@ QG_EXPORT int32_t qg_w4_float(const void* x, int32_t x_type, const float* smooth
 
 QG_EXPORT int32_t qg_svdq_quantize(const void* x, int32_t x_type, const float* smooth_factor, const void* down,
                                    int32_t down_type, int64_t m, int64_t k, int64_t padded, int64_t group_size,
-                                   int32_t rotate, int32_t bits, int64_t rank, int8_t* codes, float* act_scale,
-                                   float* lora) {
-  const Activations act{{x, Type(x_type), m, k}, smooth_factor, padded, group_size, rotate != 0, bits};
+                                   int32_t rotate, int32_t bits, int32_t act_zero_point, int64_t rank, int8_t* codes,
+                                   float* act_scale, float* lora) {
+  const Activations act{{x, Type(x_type), m, k}, smooth_factor, padded, group_size, rotate != 0, bits, act_zero_point != 0};
   if (rank && project_down(act.x, down, Type(down_type), rank, lora)) return 1;
   return act.quantize(nullptr, codes, act_scale);
 }
@@ -122,12 +122,12 @@ QG_EXPORT int32_t qg_svdq(const void* x, int32_t x_type, const float* smooth_fac
                           int32_t down_type, const uint8_t* qweight, const float* scale, const uint8_t* group_scale,
                           const void* up, int32_t up_type, const void* bias, int32_t bias_type, void* y, int32_t type,
                           int64_t m, int64_t n, int64_t k, int64_t padded, int64_t group_size, int32_t rotate,
-                          int32_t bits, int64_t rank) {
+                          int32_t bits, int32_t act_zero_point, int64_t rank) {
   const int64_t wide = Activations::wide(padded);
   const Memory<uint8_t> planes(m * wide);
   const Memory<float> act_scale(m), lora(m * rank);
   if (!planes.data || !act_scale.data || !lora.data) return 1;
-  const Activations act{{x, Type(x_type), m, k}, smooth_factor, padded, group_size, rotate != 0, bits};
+  const Activations act{{x, Type(x_type), m, k}, smooth_factor, padded, group_size, rotate != 0, bits, act_zero_point != 0};
   if (rank && project_down(act.x, down, Type(down_type), rank, lora.data)) return 1;
   if (act.quantize(planes.data, nullptr, act_scale.data)) return 1;
   const Output out{y, Type(type), n, bias, Type(bias_type), lora.data, up, Type(up_type), rank};

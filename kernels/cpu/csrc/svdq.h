@@ -99,6 +99,7 @@ struct Activations {
   int64_t padded, group_size;
   bool rotate;
   int bits;
+  bool act_zero_point;
 
   static int64_t wide(int64_t padded) { return round_up(padded, 2 * BYTES); }
 
@@ -107,7 +108,7 @@ struct Activations {
     const int64_t width = wide(padded);
     return each_token(x.m, width, [=](int64_t t, float* row, int8_t* bytes) {
       prepare_token(x, t, smooth_factor, padded, rotate, group_size, row);
-      act_scale[t] = quantize_token(row, padded, group_size, bits, bytes);
+      act_scale[t] = quantize_token(row, padded, group_size, bits, act_zero_point, bytes);
       if (codes) memcpy(codes + t * padded, bytes, padded);
       if (!planes) return;
       std::fill(bytes + padded, bytes + width, int8_t(0));

@@ -60,7 +60,7 @@ inline int quantize_w8a8(RawTokens tokens, int64_t wide, const float* given, int
         store_int8(bytes + i, min(max(add(round(div(load_f(row + i), step)), shift), least), most));
       std::fill(bytes + k, bytes + wide, int8_t(0));
     } else {
-      act_scale[t] = quantize_token(row, wide, wide, 8, bytes);
+      act_scale[t] = quantize_token(row, wide, wide, 8, false, bytes);
     }
     int32_t sum = 0;
     for (int64_t i = 0; i < k; i++) sum += bytes[i] - zero;
