@@ -28,8 +28,8 @@ NOT_FOR_THESE = ("bitnet",)
 ABLATIONS = (
     *(f"w4a4_svd {option}" for option in (
         "sequential=false", "rotate=false", "smooth=none", "smooth_alpha=0.5", "rounding=rtn", "rank=0", "rank=64",
-        "scales=group", "svd=exact", "iterations=0", "rotation_signs=none",
-        "rotate=false smooth=none rounding=rtn rank=0 sequential=false")),
+        "scales=group", "svd=exact", "iterations=0", "rotation_signs=none", "act_zero_point=false",
+        "rotate=false smooth=none rounding=rtn rank=0 act_zero_point=false sequential=false")),
     *(f"w4a8_svd {option}" for option in (
         "sequential=false", "rotate=false", "smooth=none", "rounding=rtn", "rank=0", "rank=64", "iterations=0",
         "rotation_signs=none")),

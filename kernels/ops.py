@@ -95,7 +95,9 @@ def _gpu(module: str, function: str) -> Callable | None:
 
     @functools.cache
     def load() -> Callable:
-        return getattr(importlib.import_module(f".gpu.{module}", __package__), function)
+        kernel = getattr(importlib.import_module(f".gpu.{module}", __package__), function)
+        first_use = importlib.import_module(".gpu.first_use", __package__)
+        return first_use.tuned(kernel) if first_use.asked_for() and function.endswith("_linear") else kernel
 
     def run(*args):
         return load()(*args)

@@ -232,6 +232,7 @@ class SVDQW4A4Linear(Int4Linear):
             "branch": {"rank": 0},
             "iterations": {"iterations": 0},
             "gptq": {"rounding": "rtn"},
+            "zero_points": {"act_zero_point": False},
         }
         used = {
             "smoothing": s.smooth != "none",
@@ -240,6 +241,7 @@ class SVDQW4A4Linear(Int4Linear):
             "branch": s.rank > 0,
             "iterations": s.rank > 0 and s.iterations > 0,
             "gptq": s.rounding != "rtn",
+            "zero_points": s.has_zero_points,
         }
         least = max(self._output_error(rows, stats, **chosen), TINY)
         return {

@@ -388,10 +388,10 @@ def test_what_each_ingredient_is_worth():
     stats = Stats(SVDQW4A4Linear.needs)
     stats.update(x)
     worth = SVDQW4A4Linear.from_linear(linear, stats=stats, rank=8).ingredients(linear.weight.detach(), stats)
-    assert set(worth) == {"smoothing", "rotation", "signs", "branch", "iterations", "gptq"}
+    assert set(worth) == {"smoothing", "rotation", "signs", "branch", "iterations", "gptq", "zero_points"}
     assert worth["smoothing"] > 1 and worth["branch"] > 1  # outliers in x and three strong directions in the weight
     plain = SVDQW4A4Linear.from_linear(linear, stats=stats, rank=0, rotate=False)
-    assert set(plain.ingredients(linear.weight.detach(), stats)) == {"smoothing", "gptq"}
+    assert set(plain.ingredients(linear.weight.detach(), stats)) == {"smoothing", "gptq", "zero_points"}
 
 
 def test_w4a4_error_falls_with_each_ingredient_on_planted_outliers():

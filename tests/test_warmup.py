@@ -83,6 +83,69 @@ def test_a_tile_is_not_changed_for_less_than_the_noise(gpu):
     assert tuning.tune(lambda: configs.tile("w8a8", torch.empty(0), 1, 64, 64, rule, 64), lambda call: 1.0) == []
 
 
+@pytest.fixture
+def at_first_use(gpu, monkeypatch):
+    """A kernel that tunes itself; told how many tiles were timed, and how long that takes."""
+    configs, tuning = gpu
+    from qgraft.kernels.gpu import first_use
+
+    timed = []
+
+    def clock(call):
+        timed.append(call())
+        return 1.0 / timed[-1]["BLOCK_N"]
+
+    def kernel(x, qweight):
+        return configs.tile("w8a16", x, x.shape[0], *qweight.shape, rule, 128)
+
+    monkeypatch.setattr(tuning, "seconds", clock)
+    monkeypatch.setattr(first_use, "_left", first_use.BUDGET)
+    return first_use, kernel, timed
+
+
+def test_a_shape_is_tuned_at_its_first_use_and_never_again(at_first_use):
+    first_use, kernel, timed = at_first_use
+    run = first_use.tuned(kernel)
+
+    def call(m, n, k):
+        return run(torch.empty(m, k), torch.empty(n, k))
+
+    assert call(17, 64, 96) == rule(128)  # the very first call has been made by then
+    assert 4 <= len(timed) <= 8 and call(17, 64, 96) == call(32, 64, 96) == rule(128) | {"BLOCK_N": 128, "num_warps": 8}
+    tried = len(timed)
+    call(31, 64, 96), call(18, 64, 96)
+    assert len(timed) == tried
+    for m, n, k in ((33, 64, 96), (16, 64, 96), (17, 96, 64)):
+        call(m, n, k)
+        tried += 8
+        assert tried - 4 <= len(timed) <= tried
+        tried = len(timed)
+    call(17, 64, 77)  # rows that start anywhere have no table
+    again = first_use.tuned(kernel)  # another process, and the same disk
+    again(torch.empty(20, 96), torch.empty(64, 96))
+    assert len(timed) == tried
+
+
+def test_first_uses_stop_when_their_time_is_up(at_first_use, monkeypatch):
+    first_use, kernel, timed = at_first_use
+    monkeypatch.setattr(first_use, "_left", 1e-9)
+    run = first_use.tuned(kernel)
+    with pytest.warns(UserWarning, match="qgraft warmup --tune"):
+        run(torch.empty(1, 64), torch.empty(32, 64))
+    run(torch.empty(1, 64), torch.empty(64, 64))
+    assert not timed
+
+
+def test_without_being_asked_no_kernel_tunes_itself(monkeypatch):
+    from qgraft.kernels.gpu import first_use
+
+    for value, asked in ((None, False), ("0", False), ("1", True)):
+        monkeypatch.delenv("QGRAFT_TUNE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("QGRAFT_TUNE", value)
+        assert first_use.asked_for() is asked
+
+
 @pytest.mark.parametrize("content", ["{", '{"rows": 1}', '{"rows": [{"kernel": "w8a16", "tile": {"BLOCK_N": "64"}}]}'])
 def test_a_damaged_table_is_named_and_passed_over(gpu, content):
     configs, _ = gpu

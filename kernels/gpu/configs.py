@@ -1,7 +1,7 @@
 """Which tile a kernel runs with.
 
-In this order: what `qgraft warmup --tune` measured on this very device (in the user's cache folder), the table that
-ships for the device (`configs/*.json`), and else the rule that stands in the kernel's own file.
+In this order: what `qgraft warmup --tune` or a first use measured on this very device (in the user's cache folder), the
+table that ships for the device (`configs/*.json`), and else the rule that stands in the kernel's own file.
 
 A table is {"devices": [part of a device's name, ..], "measured": bool, "matmul_from": {kernel: tokens}, "rows": [row,
 ..]}; the first row that fits is taken:
@@ -48,14 +48,23 @@ def tile(kernel: str, x: Tensor, m: int, n: int, k: int, rule: Callable[..., dic
 
 @functools.lru_cache(maxsize=8192)
 def _tile(kernel: str, device: str, m: int, n: int, k: int, rule: Callable[..., dict], args: tuple) -> dict:
-    found = rule(*args)
+    row = _row(tables(device), kernel, m, n, k)
+    return rule(*args) | (row["tile"] if row else {})
+
+
+def _row(found: list[dict], kernel: str, m: int, n: int, k: int) -> dict | None:
     if k % 32:
-        return found
-    for row in (row for table in tables(device) for row in table["rows"]):
+        return None
+    for row in (row for table in found for row in table["rows"]):
         here = row["kernel"] == kernel and row.get("min_m", 1) <= m <= row.get("max_m", m)
         if here and (row.get("n", n), row.get("k", k)) == (n, k):
-            return found | row["tile"]
-    return found
+            return row
+    return None
+
+
+def was_measured(device: str, kernel: str, m: int, n: int, k: int) -> bool:
+    """Whether a table says so of the tile for this case. True where no table may say anything."""
+    return k % 32 != 0 or _row([table for table in tables(device) if table["measured"]], kernel, m, n, k) is not None
 
 
 def matmul_from(kernel: str, x: Tensor) -> int:

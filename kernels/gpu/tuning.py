@@ -1,10 +1,12 @@
 """Tiles that were measured: at most eight of them tried for a kernel and a shape, the fastest kept on disk.
 
-Only `qgraft warmup --tune` comes here. An ordinary call compiles one tile and runs it.
+`qgraft warmup --tune` comes here, and `first_use`. An ordinary call compiles one tile and runs it.
 """
 
 import json
+import math
 import os
+import time
 from collections.abc import Callable
 
 import triton
@@ -45,8 +47,25 @@ def seconds(run: Callable[[], object]) -> float:
         return float("inf")
 
 
-def tune(run: Callable[[], object], clock: Callable[[Callable[[], object]], float] = seconds) -> list[dict]:
-    """Call `run`, a layer's forward pass, with other tiles. Returns rows of a table for the kernels that gained."""
+def token_range(m: int) -> tuple[int, int]:
+    """The numbers of tokens that a tile measured with m of them is for: up to 16 they are alike, then up to a power
+    of two."""
+    most = max(16, 1 << (m - 1).bit_length())
+    return (1 if most == 16 else most // 2 + 1), most
+
+
+def tune(
+    run: Callable[[], object],
+    clock: Callable[[Callable[[], object]], float] = seconds,
+    untried_on: str = "",
+    until: float = math.inf,
+) -> list[dict]:
+    """Call `run`, a layer's forward pass, with other tiles. Returns rows of a table for the kernels that gained.
+
+    With `untried_on`, the name of a device, only for kernels that no table has measured there, and with a row for
+    those that gained nothing, too. No tile is begun after `until`, on the clock of time.monotonic(), and nothing is
+    said about a kernel whose tiles were not all tried.
+    """
     configs.asked = []
     try:
         run()
@@ -55,17 +74,25 @@ def tune(run: Callable[[], object], clock: Callable[[Callable[[], object]], floa
         configs.asked = None
     rows = []
     for kernel, m, n, k, tile in asked:
+        if untried_on and configs.was_measured(untried_on, kernel, m, n, k):
+            continue
         times = []
         try:
             for candidate in candidates(tile):
+                if time.monotonic() > until:
+                    return rows
                 configs.trial[kernel] = candidate
                 times.append((clock(run), candidate))
         finally:
             configs.trial.pop(kernel, None)
         (usual, _), (best, winner) = times[0], min(times, key=lambda pair: pair[0])
-        if best < GAIN * usual:
-            # It was measured with m tokens; a row holds down to half as many. Up to 16 tokens tiles are alike.
-            row = {"kernel": kernel, "min_m": m // 2 + 1 if m > 16 else 1, "max_m": max(m, 8), "n": n, "k": k}
+        if math.isinf(usual):  # no memory to measure in
+            continue
+        if not best < GAIN * usual:
+            best, winner = usual, tile
+        if untried_on or winner != tile:
+            least, most = token_range(m)
+            row = {"kernel": kernel, "min_m": least, "max_m": most, "n": n, "k": k}
             rows.append(row | {"tile": winner, "seconds": best, "seconds_before": usual})
     return rows
 
