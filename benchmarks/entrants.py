@@ -126,7 +126,9 @@ class HalfFloat(Entrant):
         self.dtype, self.name = dtype, str(dtype).removeprefix("torch.")
 
     def make(self, model: nn.Module, calibration: Batches) -> Made:
-        model = models.in_dtype(model, self.dtype) if hasattr(model, "can_generate") else _Cast(model, self.dtype)
+        # A language model is made anew, because of its rotary frequencies; others cannot be made by their config alone.
+        generates = hasattr(model, "can_generate") and model.can_generate()
+        model = models.in_dtype(model, self.dtype) if generates else _Cast(model, self.dtype)
         return Made(model, 8.0 * self.dtype.itemsize, storage_bytes(model))
 
 
