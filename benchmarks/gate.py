@@ -86,7 +86,7 @@ def _svdq(layer: QuantLinear, x: Tensor) -> Tensor:
     s = layer.scheme
     quantized = ops.svdq_quantize(
         x, layer.smooth_factor, layer.proj_down, layer.padded_features, s.group_size, s.rotate,
-        layer.group_scale is not None, layer.act_bits, s.has_zero_points,
+        layer.group_scale is not None, layer.act_bits, s.uses_act_zero_point,
     )  # fmt: skip
     return reference.svdq_gemm(
         *quantized, layer.qweight, layer.scale, layer.group_scale, layer.proj_up, layer.bias, s.group_size,

@@ -3,8 +3,8 @@
 Two int4 codes stand in one uint8: byte ``j`` of a row holds code ``2 j`` in its low nibble and code ``2 j + 1``
 in its high nibble, both in two's complement. It is the row-major form that vLLM-Omni and comfy-kitchen use for
 SVDQuant layers. Four ternary codes stand in one uint8: byte ``j`` of a row holds codes ``4 j`` to ``4 j + 3``, two
-bits each from the lowest up, stored as code + 1. A device that wants another order derives it at load and
-never saves it.
+bits each from the lowest up, stored as code + 1. The integer and the zero point of a group of int4 codes stand in one
+uint8. A device that wants another order derives it at load and never saves it.
 """
 
 import torch
@@ -47,3 +47,22 @@ def unpack_ternary(packed: Tensor) -> Tensor:
     """The inverse of :func:`pack_ternary`, padding included: (..., Kp / 4) uint8 -> (..., Kp) int8 in -1, 0, 1."""
     quads = torch.stack([(packed >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)
     return quads.flatten(-2).view(torch.int8) - 1
+
+
+# The byte of integer 1 and zero point 0.
+NO_GROUP = 0x80
+
+
+def pack_group_scale(integer: Tensor, zero_point: Tensor) -> Tensor:
+    """The integer of a group of int4 codes, 1..16, and its zero point, -8..7, in a byte: integer - 1 in the low four
+    bits, zero point + 8 in the high ones. Any shape and integer type; returns uint8.
+
+    A group stands for integer * (code - zero_point), which must be an int8 for each of its 16 codes.
+    """
+    return (integer.to(torch.uint8) - 1) | ((zero_point.to(torch.int8) + 8).view(torch.uint8) << 4)
+
+
+def unpack_group_scale(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`pack_group_scale`: uint8 -> (integer, zero_point), int8."""
+    packed = packed.view(torch.int8)
+    return (packed & 15) + 1, ((packed >> 4) & 15) - 8

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .operands import require_zero_points
-from .packing import unpack_int4, unpack_ternary
+from .packing import unpack_group_scale, unpack_int4, unpack_ternary
 
 # A group's integer scale and an int4 code multiply to an int8: 16 * -8 = -128.
 MAX_GROUP_SCALE = 16
@@ -230,6 +230,12 @@ def svdq_quantize(
     return codes.flatten(-2).to(torch.int8), token_scale.squeeze(-1), lora_act
 
 
+def fold(codes: Tensor, group_scale: Tensor, group_size: int) -> Tensor:
+    """Codes (N, Kp) int8 less the zero points of their groups, times their integers: (N, Kp) int16."""
+    integer, zero_point = (part[..., None] for part in unpack_group_scale(group_scale))
+    return ((codes.unflatten(-1, (-1, group_size)).short() - zero_point) * integer).flatten(-2)
+
+
 def svdq_gemm(
     codes: Tensor,
     act_scale: Tensor,
@@ -245,12 +251,13 @@ def svdq_gemm(
     """y = dequantized(codes) @ dequantized(qweight)^T + lora_act @ proj_up^T + bias, (M, N) in out_dtype.
 
     codes (M, Kp) int8 and act_scale (M, Kp // G) or (M, 1) and lora_act (M, R) as from :func:`svdq_quantize`;
-    qweight (N, Kp // 2) uint8; proj_up (N, R). Two-level: scale (N,) float32 and group_scale (N, Kp // G) uint8 in
-    1..16. Group scales: scale (N, Kp // G) float32 and no group_scale. Integer sums are exact (float64 holds them).
+    qweight (N, Kp // 2) uint8; proj_up (N, R). Two-level: scale (N,) float32 and group_scale (N, Kp // G) uint8,
+    integers and zero points as :func:`.packing.pack_group_scale` makes them. Group scales: scale (N, Kp // G) float32
+    and no group_scale. Integer sums are exact (float64 holds them).
     """
     weight = unpack_int4(qweight)  # (N, Kp)
     if group_scale is not None:
-        folded = weight.double() * group_scale.repeat_interleave(group_size, 1)
+        folded = fold(weight, group_scale, group_size).double()
         y = (codes.double() @ folded.t()) * act_scale * scale
     else:
         act = codes.unflatten(-1, (-1, group_size)).double() * act_scale[..., None]
@@ -291,8 +298,10 @@ def svdq_linear(
 
 def svdq_residual(qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_size: int) -> Tensor:
     """The dequantized residual in its own (smoothed, rotated, padded) basis, (N, Kp) float32."""
-    steps = scale if group_scale is None else scale[:, None] * group_scale  # (N, Kp // G)
-    return w4_residual(qweight, steps, None, group_size)
+    if group_scale is None:
+        return w4_residual(qweight, scale, None, group_size)
+    integer, zero_point = unpack_group_scale(group_scale)
+    return w4_residual(qweight, scale[:, None] * integer, zero_point, group_size)
 
 
 def svdq_dequantize(

@@ -57,6 +57,11 @@ class Int4Linear(QuantLinear):
         return self.scheme.group_size
 
     @property
+    def uses_zero_point(self) -> bool:
+        """Whether a group of weights has a zero point."""
+        return self.scheme.zero_point
+
+    @property
     def padded_features(self) -> int:
         return -(-self.in_features // self.group_size) * self.group_size
 
@@ -91,7 +96,11 @@ class Int4Linear(QuantLinear):
     def _split_off_branch(self, weight: Tensor) -> Tensor:
         """Fill proj_up and proj_down from the weight (N, Kp); return what is left of it."""
         s = self.scheme
-        up, down = alternate(weight, s.rank, s.svd, lambda rest: round_to_groups(rest, self.group_size), s.iterations)
+
+        def rounded(rest: Tensor) -> Tensor:
+            return round_to_groups(rest, self.group_size, self.uses_zero_point)
+
+        up, down = alternate(weight, s.rank, s.svd, rounded, s.iterations)
         if self.scheme.rotate:
             down = reference.rotate_groups(down, self.group_size)  # back: H is its own inverse
         down = down[:, : self.in_features]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import reference
+from ..kernels.packing import NO_GROUP
 from .base import QuantLayer, QuantLinear
 from .bitlinear import BitNetLinear
 from .svdq import SVDQW4A4Linear
@@ -162,11 +163,13 @@ def _cut(layer: QuantLinear, dimensions: dict[str, int], part: int, parts: int) 
 
 def _add_features(layer: QuantLinear) -> None:
     """A group of features more, whose weights are zero, and which is neither smoothed nor multiplied by the branch."""
-    b, ones = layer._buffers, {"scale": 2, "group_scale": 2, "smooth_factor": 1}
+    b, ones = layer._buffers, {"scale": 2, "smooth_factor": 1}
     added = layer.group_size if isinstance(layer, SVDQW4A4Linear) else _rotation(layer) or UNIT
     for name, dimensions in ones.items():
         if b.get(name) is not None and b[name].ndim == dimensions:
             b[name] = F.pad(b[name], (0, added if name == "smooth_factor" else 1), value=1)
+    if b.get("group_scale") is not None:
+        b["group_scale"] = F.pad(b["group_scale"], (0, 1), value=NO_GROUP)
     if b.get("proj_down") is not None:
         b["proj_down"] = F.pad(b["proj_down"], (0, 0, 0, added))
     if isinstance(layer, SVDQW4A4Linear):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..kernels import ops, reference
 from ..kernels.operands import FOLDED_PRODUCT, require_int32_sums
-from ..kernels.packing import pack_int4
+from ..kernels.packing import pack_group_scale, pack_int4
 from ..kernels.reference import TINY
 from .algorithms import rounding, signs, smoothing
 from .algorithms.gptq import gptq_int4
@@ -69,6 +69,11 @@ class SVDQScheme(Scheme):
         "row; group: a float a group, 1 to 3 % more accurate, slower; group_half: the same with scales and "
         "smooth_factor that 16 bits hold, as nunchaku stores them",
     )
+    zero_point: bool | None = Field(
+        None,
+        description="a zero point for each group of weights, in the four bits that its integer leaves of a byte; none "
+        "given: with two-level scales, which alone can have them",
+    )
     rounding: Literal["auto", "gptq", "rtn"] = Field(
         "auto", description="gptq needs calibration data; 'auto': gptq if there is any, else nearest"
     )
@@ -84,8 +89,22 @@ class SVDQScheme(Scheme):
             )
         return self
 
+    @model_validator(mode="after")
+    def _zero_points_need_integers(self) -> "SVDQScheme":
+        for name in ("zero_point", "act_zero_point"):
+            if getattr(self, name, None) and self.scales != "two_level":
+                raise ValueError(
+                    f"{name}: true needs scales: two_level, not {self.scales}; leave one of the two options out"
+                )
+        return self
+
     @property
-    def has_zero_points(self) -> bool:
+    def uses_zero_point(self) -> bool:
+        """Whether a group of weights has a zero point."""
+        return self.scales == "two_level" if self.zero_point is None else self.zero_point
+
+    @property
+    def uses_act_zero_point(self) -> bool:
         """Whether a group of activations has a zero point."""
         return False
 
@@ -116,16 +135,8 @@ class SVDQW4A4Scheme(SVDQScheme):
         "at no cost in time; none given: with two-level scales, which alone can have them",
     )
 
-    @model_validator(mode="after")
-    def _zero_points_need_integers(self) -> "SVDQW4A4Scheme":
-        if self.act_zero_point and self.scales != "two_level":
-            raise ValueError(
-                f"act_zero_point: true needs scales: two_level, not {self.scales}; leave one of the two options out"
-            )
-        return self
-
     @property
-    def has_zero_points(self) -> bool:
+    def uses_act_zero_point(self) -> bool:
         return self.scales == "two_level" if self.act_zero_point is None else self.act_zero_point
 
 
@@ -134,7 +145,7 @@ class SVDQW4A4Linear(Int4Linear):
     """int4 x int4 with a low-rank branch. The buffers of Int4Linear, and
 
     scale          (N,)          float32 (two_level), or (N, Kp // G) float32 (group, group_half)
-    group_scale    (N, Kp // G)  uint8 in 1..16 (two_level), or none
+    group_scale    (N, Kp // G)  uint8 (two_level), or none: an integer 1..16 and a zero point, see pack_group_scale
     """
 
     Scheme = SVDQW4A4Scheme
@@ -142,6 +153,10 @@ class SVDQW4A4Linear(Int4Linear):
     act_bits = 4
     # The smooth_alpha that was taken or found; None before quantize(), and without smoothing.
     chosen_alpha: float | None = None
+
+    @property
+    def uses_zero_point(self) -> bool:
+        return self.scheme.uses_zero_point
 
     def _allocate(self, device: torch.device) -> None:
         super()._allocate(device)
@@ -160,16 +175,21 @@ class SVDQW4A4Linear(Int4Linear):
             chosen = self._signs(weight, stats)
             if chosen is not None:
                 self.smooth_factor = self.smooth_factor * chosen
-        weight = self._residual(weight)  # (N, Kp)
+        weight, zero = self._residual(weight), None  # (N, Kp)
         if s.scales == "two_level":
-            self.scale, self.group_scale = rounding.two_level_scales(weight, s.group_size)
-            steps = self.scale[:, None] * self.group_scale
+            if s.uses_zero_point:
+                self.scale, integer, zero = rounding.two_level_ranges(weight, s.group_size)
+            else:
+                self.scale, integer = rounding.two_level_scales(weight, s.group_size)
+            self.group_scale = pack_group_scale(integer, torch.zeros_like(integer) if zero is None else zero)
+            steps = self.scale[:, None] * integer
         else:
             self.scale = steps = self._as_stored(rounding.search_group_steps(weight, s.group_size))
         if stats is not None and s.rounding != "rtn":
-            codes = gptq_int4(weight, steps, self._moment_in_groups(stats.second_moment), s.group_size)
+            codes = gptq_int4(weight, steps, self._moment_in_groups(stats.second_moment), s.group_size, zero)
         else:
-            codes = rounding.round_int4(weight, steps.repeat_interleave(s.group_size, 1)).to(torch.int8)
+            center = None if zero is None else zero.repeat_interleave(s.group_size, 1)
+            codes = rounding.round_int4(weight, steps.repeat_interleave(s.group_size, 1), center).to(torch.int8)
         self.qweight = pack_int4(codes)
 
     def _signs(self, weight: Tensor, stats: Stats | None) -> Tensor | None:
@@ -241,7 +261,7 @@ class SVDQW4A4Linear(Int4Linear):
             "branch": s.rank > 0,
             "iterations": s.rank > 0 and s.iterations > 0,
             "gptq": s.rounding != "rtn",
-            "zero_points": s.has_zero_points,
+            "zero_points": s.uses_act_zero_point,
         }
         least = max(self._output_error(rows, stats, **chosen), TINY)
         return {
@@ -273,7 +293,7 @@ class SVDQW4A4Linear(Int4Linear):
             s.group_size,
             s.rotate,
             self.act_bits,
-            s.has_zero_points,
+            s.uses_act_zero_point,
         )
 
     def dequantize(self) -> Tensor:

@@ -147,7 +147,7 @@ def _(layer: SVDQW4A4Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     flat = layer._to_groups(x if smooth is None else x / smooth)  # (M, Kp)
     codes, scale, _ = reference.svdq_quantize(
         x, smooth, None, layer.padded_features, s.group_size, s.rotate, s.scales == "two_level", layer.act_bits,
-        s.has_zero_points,
+        s.uses_act_zero_point,
     )  # fmt: skip
     if scale.shape[1] > 1:  # one a group
         scale = scale.repeat_interleave(s.group_size, 1)

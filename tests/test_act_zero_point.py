@@ -58,7 +58,7 @@ def test_the_layers_have_them_with_two_level_scales_and_can_go_without():
         for options in ((), (("act_zero_point", False),), (("act_zero_point", True),), (("scales", "group"),))
     }
     y = {options: layer(x) for options, layer in made.items()}
-    assert [layer.scheme.has_zero_points for layer in made.values()] == [True, False, True, False]
+    assert [layer.scheme.uses_act_zero_point for layer in made.values()] == [True, False, True, False]
     assert torch.equal(y[()], y[(("act_zero_point", True),)])
     truth = linear(x)
     assert decibels(truth, y[()]) < decibels(truth, y[(("act_zero_point", False),)]) - 0.2
@@ -72,7 +72,7 @@ def test_where_there_are_none_the_recipe_says_so_before_any_work():
     ):
         with pytest.raises(qgraft.quantizer.errors.PlanError, match=words):
             qgraft.Quantizer(linear).plan(qgraft.Recipe.from_dict({"scheme": scheme}))
-    assert not SVDQW4A8Linear(64, 64).scheme.has_zero_points
+    assert not SVDQW4A8Linear(64, 64).scheme.uses_act_zero_point
 
 
 def test_a_saved_model_computes_the_same(tmp_path):
@@ -85,5 +85,5 @@ def test_a_saved_model_computes_the_same(tmp_path):
         )
         qgraft.save(quantized, tmp_path / str(number))
         again = qgraft.load(tmp_path / str(number), model=copy.deepcopy(model))
-        assert again[0].scheme.has_zero_points is (zero is None)
+        assert again[0].scheme.uses_act_zero_point is (zero is None)
         assert torch.equal(again(x), quantized(x))

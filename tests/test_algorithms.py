@@ -14,7 +14,9 @@ from qgraft.layers.algorithms.rounding import (
     quantize_rows_int8,
     round_int4,
     round_to_groups,
+    search_group_ranges,
     search_group_steps,
+    two_level_ranges,
     two_level_scales,
 )
 from qgraft.layers.algorithms.signs import random_signs, search_signs
@@ -87,7 +89,7 @@ def test_searched_group_steps_beat_absmax_steps():
 def test_two_level_integers_are_the_best_of_all_sixteen_or_nearly(spread):
     weight = (torch.randn(24, 8, 64) * (spread * torch.randn(24, 8, 1)).exp()).flatten(1)
     scale, integer = two_level_scales(weight, 64)
-    assert integer.dtype is torch.uint8 and integer.min() >= 1 and integer.max() <= 16
+    assert integer.dtype is torch.int8 and integer.min() >= 1 and integer.max() <= 16
 
     def error(i):
         step = (scale[:, None] * i).repeat_interleave(64, 1)
@@ -95,6 +97,28 @@ def test_two_level_integers_are_the_best_of_all_sixteen_or_nearly(spread):
 
     best = torch.stack([error(torch.full_like(integer, i)) for i in range(1, 17)]).amin(0)
     assert error(integer).sum() < 1.03 * best.sum()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("shift", [0.0, 1.0, 100.0])
+def test_two_level_ranges_fit_an_int8_and_are_near_the_float_ones(spread, shift):
+    weight = torch.randn(24, 8, 64) + shift * torch.randn(24, 8, 1)
+    weight = (weight * (spread * torch.randn(24, 8, 1)).exp()).flatten(1)
+    weight[0], weight[1, :64], weight[2, 64:] = 0, 7, 0
+    scale, integer, zero = two_level_ranges(weight, 64)
+    assert integer.dtype is zero.dtype is torch.int8 and (scale > 0).all()
+    assert integer.min() >= 1 and integer.max() <= 16 and zero.min() >= -8 and zero.max() <= 7
+    assert (integer * (7 - zero.int())).max() <= 127 and (integer * (zero.int() + 8)).max() <= 128
+
+    def error(steps, zero):
+        wide, center = steps.repeat_interleave(64, 1), zero.repeat_interleave(64, 1)
+        return ((round_int4(weight, wide, center) - center) * wide - weight).square().sum(1)
+
+    two_level, floats = error(scale[:, None] * integer, zero), error(*search_group_ranges(weight, 64))
+    assert two_level[0] == 0 and (spread or shift or two_level.sum() < 1.1 * floats.sum())
+    plain_scale, plain = two_level_scales(weight, 64)
+    symmetric = error(plain_scale[:, None] * plain, torch.zeros_like(zero)).sum()
+    assert two_level.sum() < (0.95 if spread < 3 else 1.3) * symmetric
 
 
 def test_two_level_scales_cost_a_few_percent_over_float_ones():
@@ -225,6 +249,9 @@ def test_a_rough_rounding_to_groups_is_near_the_searched_one():
     wide = search_group_steps(weight, 64).repeat_interleave(64, 1)
     searched = (round_int4(weight, wide) * wide - weight).norm()
     assert searched <= (round_to_groups(weight, 64) - weight).norm() < 1.1 * searched
+    wide, zero = (part.repeat_interleave(64, 1) for part in search_group_ranges(weight, 64))
+    searched = ((round_int4(weight, wide, zero) - zero) * wide - weight).norm()
+    assert searched <= (round_to_groups(weight, 64, zero_point=True) - weight).norm() < 1.1 * searched
 
 
 def test_searched_signs_spread_a_common_mean_and_come_back_the_same():

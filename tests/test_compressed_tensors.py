@@ -37,9 +37,9 @@ WITH_ACTIVATIONS = [
     {"name": "w8a8", "zero_point": True},
     {"name": "w8a8_static"},
     {"name": "w8a8_static", "act_range": "absmax"},
-    {"name": "w4a4_svd", "rank": 0, "rotate": False, "smooth": "none"},
+    {"name": "w4a4_svd", "rank": 0, "rotate": False, "smooth": "none", "zero_point": False},
     {"name": "w4a4_svd", "rank": 0, "rotate": False, "smooth": "none", "scales": "group"},
-    {"name": "w4a8_svd", "rank": 0, "rotate": False, "smooth": "none"},
+    {"name": "w4a8_svd", "rank": 0, "rotate": False, "smooth": "none", "zero_point": False},
 ]
 
 
@@ -208,6 +208,7 @@ def test_what_the_format_cannot_say_is_refused_with_the_option_to_change(tmp_pat
         ("w4a16", r"rotated; quantize with rotate: false \(recipe w4a16_ct does\) \(14 layers: model.layers.0"),
         ({"name": "w4a16", "rotate": False, "rank": 4}, "low-rank branch; quantize with rank: 0"),
         ({"name": "w4a4_svd", "rank": 0, "rotate": False}, "smoothed; quantize with smooth: none"),
+        ({"name": "w4a8_svd", "rank": 0, "rotate": False, "smooth": "none"}, "quantize with zero_point: false"),
         ({"name": "w4_group", "offset": True}, "quantize with zero_point: true instead"),
         ({"name": "w4_group", "order": True}, "act-order"),
         ({"name": "w8_group", "group_size": 256}, "groups of 256 do not divide its 128 input features"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from group_scales import LARGEST, random_group_scale
 
 from qgraft.kernels import ops, reference
 from qgraft.kernels.cpu import native
@@ -255,7 +256,7 @@ def svdq_args(m, n, k, group_size, rank, act_bits, dtype=torch.float32, rotate=T
         with_outliers(m, k, dtype),
         torch.randint(0, 256, (n, padded // 2), dtype=torch.uint8),
         random_scale(n),
-        torch.randint(1, 17, (n, padded // group_size), dtype=torch.uint8),
+        random_group_scale(n, padded // group_size),
         torch.rand(k) + 0.5,
         torch.randn(k, rank).to(torch.bfloat16) if rank else None,
         torch.randn(n, rank).to(torch.float16) if rank else None,
@@ -325,7 +326,7 @@ def test_the_largest_products_do_not_saturate(lib, m, sign):
     qweight = pack_int4(torch.full((n, k), -8, dtype=torch.int8))
     for bits, zero_point in ACTIVATIONS:
         y = ops.svdq_linear(
-            x, qweight, torch.ones(n), torch.full((n, k // 64), 16, dtype=torch.uint8), None, None, None, None, 64,
+            x, qweight, torch.ones(n), torch.full((n, k // 64), LARGEST, dtype=torch.uint8), None, None, None, None, 64,
             False, bits, zero_point,
         )  # fmt: skip
         largest = 3.0 * 7 / 7.5 if bits == 4 and not zero_point else 3.0  # of an activation, once it is rounded

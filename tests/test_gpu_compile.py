@@ -294,7 +294,7 @@ def test_the_main_loop_keeps_to_the_budget_beside_its_tile(results, which):
     cost = ahead.instructions_per_weight(result)
     assert 0.3 < cost <= row["instructions_per_weight"], result
     if m <= 16 and kernel != "w8a16":  # of these an H200 issues 3.1 in the time that 4 bits take from its memory
-        assert cost < 3.3
+        assert cost < 3.4
 
 
 @pytest.mark.parametrize("which", [which for which in ALL if which[0] == "sm_90" and which[2][1] == 512],

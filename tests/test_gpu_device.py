@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from group_scales import LARGEST, random_group_scale
 
 from qgraft.kernels import nvfp4, ops, reference
 from qgraft.kernels.packing import pack_int4, pack_ternary
@@ -44,7 +45,7 @@ def svdq_problem(m, n, k, group_size, two_level, dtype, rank=32, smooth=True, de
     groups = padded // group_size
     codes = torch.randint(-8, 8, (n, padded), dtype=torch.int8, device=device)
     scale = torch.rand(n, device=device) / 1000 if two_level else torch.rand(n, groups, device=device) / 100
-    group_scale = torch.randint(1, 17, (n, groups), dtype=torch.uint8, device=device) if two_level else None
+    group_scale = random_group_scale(n, groups, device) if two_level else None
     branch = torch.bfloat16 if dtype == torch.float32 else dtype
     proj_down = randn(k, rank, dtype=branch, device=device) / k**0.5 if rank else None
     proj_up = randn(n, rank, dtype=branch, device=device) if rank else None
@@ -303,7 +304,7 @@ def test_packed_unpacking_finds_every_code_in_its_place():
 def test_svdq_takes_the_largest_sums():
     x = torch.ones(20, 8192, device="cuda")
     qweight = pack_int4(torch.full((70, 8192), -8, dtype=torch.int8, device="cuda"))
-    group_scale = torch.full((70, 128), 16, dtype=torch.uint8, device="cuda")
+    group_scale = torch.full((70, 128), LARGEST, dtype=torch.uint8, device="cuda")
     y = ops.svdq_linear(x, qweight, torch.ones(70, device="cuda"), group_scale, None, None, None, None, 64, False, 8)
     assert torch.allclose(y, torch.full_like(y, -128.0 * 8192), rtol=1e-6)
 

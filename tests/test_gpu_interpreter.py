@@ -109,6 +109,8 @@ if __name__ == "__main__":
     serve(sys.stdin.buffer, answers)
     sys.exit()
 
+from group_scales import LARGEST, random_group_scale  # noqa: E402
+
 from qgraft.kernels import nvfp4, reference  # noqa: E402
 from qgraft.kernels.packing import pack_int4, pack_ternary  # noqa: E402
 
@@ -324,7 +326,7 @@ def svdq_problem(m, n, k, group_size, two_level, rank=5, dtype=torch.float32, bi
     groups = padded // group_size
     qweight = pack_int4(torch.randint(-8, 8, (n, padded), dtype=torch.int8))
     scale = torch.rand(n) / 1000 if two_level else torch.rand(n, groups) / 100
-    group_scale = torch.randint(1, 17, (n, groups), dtype=torch.uint8) if two_level else None
+    group_scale = random_group_scale(n, groups) if two_level else None
     proj_up = torch.randn(n, rank).to(dtype) if rank else None
     bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
     return x, qweight, scale, group_scale, smooth_factor, proj_down, proj_up, bias, group_size
@@ -376,7 +378,7 @@ def test_svdq_takes_the_largest_sums(kernels):
     """Every product at its largest: 127 * 128 a feature, and folded weights at the very end of int8."""
     x = torch.ones(1, 512)
     qweight = pack_int4(torch.full((4, 512), -8, dtype=torch.int8))
-    group_scale = torch.full((4, 8), 16, dtype=torch.uint8)
+    group_scale = torch.full((4, 8), LARGEST, dtype=torch.uint8)
     problem = (x, qweight, torch.ones(4), group_scale, None, None, None, None, 64)
     y = kernels("svdq.svdq_linear", *problem, False, 8)
     assert torch.allclose(y, torch.full((1, 4), -128.0 * 512), rtol=1e-6)

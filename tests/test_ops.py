@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from group_scales import LARGEST, random_group_scale
 from torch import nn
 
 from qgraft.kernels import ops, reference
@@ -39,7 +40,7 @@ def svdq_args(dtype=torch.float32, m=5, k=77, n=33, group_size=32, two_level=Tru
     kp = -(-k // group_size) * group_size
     codes = torch.randint(-8, 8, (n, kp), dtype=torch.int8)
     scale = torch.rand(n) * 0.01 + 0.001 if two_level else torch.rand(n, kp // group_size) * 0.01 + 0.001
-    group_scale = torch.randint(1, 17, (n, kp // group_size), dtype=torch.uint8) if two_level else None
+    group_scale = random_group_scale(n, kp // group_size) if two_level else None
     return (
         torch.randn(m, k).to(dtype),
         pack_int4(codes),
@@ -156,7 +157,7 @@ def test_no_integer_saturates_on_cpu(m):
     k, n = 512, 32
     x = torch.ones(m, k)
     qweight = pack_int4(torch.full((n, k), -8, dtype=torch.int8))
-    group_scale = torch.full((n, k // 64), 16, dtype=torch.uint8)
+    group_scale = torch.full((n, k // 64), LARGEST, dtype=torch.uint8)
     y = ops.svdq_linear(x, qweight, torch.ones(n), group_scale, None, None, None, None, 64, False, 4)
     largest = reference.INT4_MAX / reference.ACT_STEPS  # what the largest activation becomes
     assert torch.allclose(y, torch.full((m, n), -128.0 * k * largest), rtol=1e-6)

@@ -43,11 +43,11 @@ def grouped_kernel(
 
 @triton.jit
 def w4a8_kernel(
-    even_ptr, odd_ptr, act_scale_ptr, lora_ptr, qweight_ptr, scale_ptr, integer_ptr, up_ptr, bias_ptr, y_ptr,
+    even_ptr, odd_ptr, act_scale_ptr, lora_ptr, qweight_ptr, scale_ptr, group_scale_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, HALF,
     GROUP: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Two-level scales: a float for the row, an integer 1..16 for the group. The branch and the bias at the end."""
+    """A float for the row, an integer 1..16 and a zero point for the group. The branch and the bias at the end."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_b = tl.arange(0, BLOCK_B)
@@ -58,8 +58,10 @@ def w4a8_kernel(
         even = tl.load(even_ptr + offs_m[None, :] * HALF + b + offs_b[:, None], mask=mask_m[None, :], other=0)
         odd = tl.load(odd_ptr + offs_m[None, :] * HALF + b + offs_b[:, None], mask=mask_m[None, :], other=0)
         low, high = nibbles(packed)
-        integer = tl.load(integer_ptr + offs_n * (2 * HALF // GROUP) + 2 * b // GROUP, mask=mask_n, other=0)
-        low, high = low * integer[:, None], high * integer[:, None]  # -8 * 16 = -128: still an int8
+        byte = tl.load(group_scale_ptr + offs_n * (2 * HALF // GROUP) + 2 * b // GROUP, mask=mask_n, other=0)
+        integer, zero_point = (byte.to(tl.int32) & 15) + 1, (byte.to(tl.int32) >> 4) - 8
+        low = (low - zero_point[:, None]) * integer[:, None]  # still an int8
+        high = (high - zero_point[:, None]) * integer[:, None]
         acc = tl.dot(low.to(tl.int8), even, acc, out_dtype=tl.int32)
         acc = tl.dot(high.to(tl.int8), odd, acc, out_dtype=tl.int32)
 
@@ -91,16 +93,16 @@ def grouped(codes: Tensor, act_scale: Tensor, qweight: Tensor, scale: Tensor, gr
 
 
 def w4a8(
-    codes: Tensor, act_scale: Tensor, lora: Tensor, qweight: Tensor, scale: Tensor, integer: Tensor, up: Tensor,
+    codes: Tensor, act_scale: Tensor, lora: Tensor, qweight: Tensor, scale: Tensor, group_scale: Tensor, up: Tensor,
     bias: Tensor, group: int,
 ) -> Tensor:  # fmt: skip
-    """As `grouped`; scale (N,), integer (N, K // group) uint8, lora (M, R) and up (N, R) the branch, bias (N,)."""
+    """As `grouped`; scale (N,), group_scale (N, K // group) uint8, lora (M, R) and up (N, R) the branch, bias (N,)."""
     (m, k), (n, rank) = codes.shape, up.shape
     y = torch.empty(m, n, device=codes.device)
     tile = dict(BLOCK_M=32, BLOCK_N=32, BLOCK_B=group // 2)
     grid = (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"]))
     w4a8_kernel[grid](
-        *planes(codes), act_scale, lora, qweight, scale, integer, up, bias, y, m, n, k // 2,
+        *planes(codes), act_scale, lora, qweight, scale, group_scale, up, bias, y, m, n, k // 2,
         GROUP=group, RANK=rank, **tile,
     )  # fmt: skip
     return y

@@ -103,15 +103,18 @@ def svdq_linear(
     act = codes.float()
     if not two_level:
         act = (act.unflatten(-1, (-1, group_size)) * act_scale[..., None]).flatten(-2)
-    steps = group_scale.float() if two_level else scale  # (N, Kp // G)
     out_features = qweight.shape[0]
     y = torch.empty(x.shape[0], out_features, dtype=torch.float32)
     rows = _rows_per_block(x.shape[0], padded, out_features)
     scratch = torch.empty(rows, padded // group_size, group_size, dtype=torch.float32)
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
-        weight = unpack_int4(qweight[start:stop]).unflatten(-1, (-1, group_size))
-        weight = torch.mul(weight, steps[start:stop, :, None], out=scratch[: stop - start]).flatten(-2)
+        weight, block = unpack_int4(qweight[start:stop]), scratch[: stop - start]
+        if two_level:
+            block.copy_(reference.fold(weight, group_scale[start:stop], group_size).unflatten(-1, (-1, group_size)))
+        else:
+            torch.mul(weight.unflatten(-1, (-1, group_size)), scale[start:stop, :, None], out=block)
+        weight = block.flatten(-2)
         torch.mm(act, weight.t(), out=y[:, start:stop])
     if two_level:
         y *= act_scale

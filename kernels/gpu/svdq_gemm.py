@@ -90,9 +90,12 @@ def svdq_gemm_kernel(
             even = tl.load(even_ptrs, mask=(offs_b < HALF + begin - b)[:, None], other=0)
             odd = tl.load(odd_ptrs, mask=(offs_b < HALF + begin - b)[:, None], other=0)
         if TWO_LEVEL:
-            integer = spread_pieces(next_integer.to(tl.int32), BLOCK_N, PIECES, EACH)
+            # In the byte of a group: its integer - 1, and above that its zero point + 8.
+            integer = (next_integer.to(tl.int32) & 15) + 1
+            zero = spread_pieces(integer * (next_integer.to(tl.int32) >> 4), BLOCK_N, PIECES, EACH)
+            integer = spread_pieces(integer, BLOCK_N, PIECES, EACH)
             next_integer = load_pieces(integer_rows, b + BLOCK_B, groups, GROUP, PIECES, EACH)
-            low, high = folded_int8(packed, integer, ASM)
+            low, high = folded_int8(packed, integer, zero, ASM)
             acc = tl.dot(low, even, acc, out_dtype=tl.int32)
             acc = tl.dot(high, odd, acc, out_dtype=tl.int32)
         else:

@@ -10,19 +10,20 @@ import triton.language as tl
 
 
 @triton.jit
-def folded_int8(packed, integer, ASM: tl.constexpr):
-    """(low, high): the codes of uint8 `packed` times the int32 `integer` 1..16 of their group, int8.
+def folded_int8(packed, integer, zero, ASM: tl.constexpr):
+    """(low, high): the codes of uint8 `packed` times the int32 `integer` 1..16 of their group, less the int32 `zero`
+    0..128 of it, int8. zero = integer * (zero point + 8): codes are counted from the least, -8, as 0.
 
-    16 * -8 = -128. Offset by 128 a product is one multiply-add of bytes without signs; the exclusive or takes the 128
-    off again. ASM takes the integer of the first of every four bytes for all four: they must be neighbours in a row,
-    which they are wherever a row of bytes goes into an int8 product or comes from an aligned load.
+    Offset by 128 that is one multiply-add of bytes without signs, whose sum fits a byte; the exclusive or takes the 128
+    off again. ASM takes integer and zero of the first of every four bytes for all four: they must be neighbours in a
+    row, which they are wherever a row of bytes goes into an int8 product or comes from an aligned load.
     """
     if ASM:
         return tl.inline_asm_elementwise(
             """
             {
             .reg .b32 low, high, offset;
-            mad.lo.u32 offset, $3, 0xF7F7F7F8, 0x80808080;  // 128 - 8 * integer, in every byte
+            mad.lo.u32 offset, $7, 0xFEFEFEFF, 0x80808080;  // 128 - zero, in every byte
             lop3.b32 low, $2, 0x0F0F0F0F, 0x08080808, 0x6A; // (packed & 0x0F) ^ 8: the code plus 8
             shr.b32 high, $2, 4;
             lop3.b32 high, high, 0x0F0F0F0F, 0x08080808, 0x6A;
@@ -32,8 +33,8 @@ def folded_int8(packed, integer, ASM: tl.constexpr):
             xor.b32 $1, high, 0x80808080;
             }
             """,
-            "=r,=r,r,r,r,r,r",
-            [packed, integer],
+            "=r,=r,r,r,r,r,r,r,r,r,r",
+            [packed, integer, zero],
             dtype=(tl.int8, tl.int8),
             is_pure=True,
             pack=4,
@@ -41,7 +42,7 @@ def folded_int8(packed, integer, ASM: tl.constexpr):
     packed = packed.to(tl.int32)
     low = (packed & 0xF) ^ 8
     high = (packed >> 4) ^ 8
-    offset = 128 - 8 * integer
+    offset = 128 - zero
     return ((low * integer + offset) ^ 0x80).to(tl.int8), ((high * integer + offset) ^ 0x80).to(tl.int8)
 
 

@@ -19,6 +19,7 @@ CLIP_GRID = tuple(0.64 + 0.04 * i for i in range(10))
 CLIP = 0.8
 # The same for a group with a zero point, as a share of its range, which fits more closely to begin with.
 RANGE_GRID = tuple(1.0 - 0.04 * i for i in range(10))
+RANGE_CLIP = 0.95
 # Rows searched at once, so that the float copies stay small beside the weight itself.
 CHUNK_ELEMENTS = 1 << 19
 
@@ -69,13 +70,18 @@ def round_int4(weight: Tensor, step: Tensor, zero_point: Tensor | None = None) -
     return codes.clamp_(-INT4_MAX - 1, INT4_MAX)
 
 
-def round_to_groups(weight: Tensor, group_size: int) -> Tensor:
+def round_to_groups(weight: Tensor, group_size: int, zero_point: bool = False) -> Tensor:
     """weight (N, Kp) float32 as int4 codes hold it, roughly: rounded to nearest with steps that are not searched."""
     rounded = torch.empty_like(weight)
     for rows in row_chunks(*weight.shape):
         groups = weight[rows].unflatten(1, (-1, group_size))  # (rows, Kp // G, G)
-        step = (groups.abs().amax(-1, keepdim=True) * (CLIP / INT4_MAX)).clamp_min(TINY)
-        rounded[rows] = round_int4(groups, step).mul_(step).flatten(1)
+        if zero_point:
+            low, high = torch.aminmax(groups, dim=-1, keepdim=True)
+            step, zero = scale_of_range(low * RANGE_CLIP, high * RANGE_CLIP, 4, symmetric=False)
+            rounded[rows] = round_int4(groups, step, zero).sub_(zero).mul_(step).flatten(1)
+        else:
+            step = (groups.abs().amax(-1, keepdim=True) * (CLIP / INT4_MAX)).clamp_min(TINY)
+            rounded[rows] = round_int4(groups, step).mul_(step).flatten(1)
     return rounded
 
 
@@ -119,7 +125,7 @@ def search_group_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor
 def two_level_scales(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """One float a row times a small integer a group, the form whose whole K loop is one int8 product.
 
-    weight (N, Kp) -> scale (N,) float32, group_scale (N, Kp // G) uint8 in 1..16; the step of a group is their
+    weight (N, Kp) -> scale (N,) float32, integer (N, Kp // G) int8 in 1..16; the step of a group is their
     product. The row's float comes from its largest searched group step; each group then takes the integer with the
     least squared error among those around its own searched step.
     """
@@ -133,7 +139,37 @@ def two_level_scales(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         row_scale = scale[rows, None]
         around = [(nearest[rows] + d).clamp(1, MAX_GROUP_SCALE) * row_scale for d in (0, -1, 1)]
         integer[rows] = (_least_error(groups, around) / row_scale).round()
-    return scale, integer.to(torch.uint8)
+    return scale, integer.to(torch.int8)
+
+
+def two_level_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with a zero point in each group.
+
+    weight (N, Kp) -> scale (N,) float32, integer (N, Kp // G) int8 in 1..16, zero_point likewise in [-8, 7], such that
+    integer * (code - zero_point) is an int8 for each of the 16 codes. The row's float comes from what lies farthest
+    from 0 in a group's searched range; each group then takes the pair with the least squared error near its own.
+    """
+    steps, zeros = search_group_ranges(weight, group_size)
+    n, k = weight.shape
+    farthest = torch.maximum(zeros + 8, 7 - zeros) * steps
+    scale = torch.maximum(farthest.amax(1) / INT8_MAX, steps.amax(1) / MAX_GROUP_SCALE)  # (N,)
+    nearest = (steps / scale[:, None]).round()
+    middle = (-0.5 - zeros) * steps  # of the 16 values
+    integers, zero_points = torch.ones_like(zeros), torch.zeros_like(zeros)  # which fit, whatever comes
+    for rows in row_chunks(n, k):
+        groups, best = weight[rows].float().unflatten(1, (-1, group_size)), None
+        for integer in ((nearest[rows] + d).clamp(1, MAX_GROUP_SCALE) for d in (0, -1, 1)):
+            step = integer * scale[rows, None]
+            for zero in (((-0.5 - middle[rows] / step).round() + d).clamp(-8, 7) for d in (0, -1, 1)):
+                center, wide = zero[..., None], step[..., None]
+                error = (round_int4(groups, wide, center).sub_(center).mul_(wide) - groups).square_().sum(-1)
+                fits = (integer * (zero + 8) <= INT8_MAX + 1) & (integer * (7 - zero) <= INT8_MAX)
+                error = torch.where(fits, error, torch.inf)
+                better = error < (torch.inf if best is None else best)
+                best = error if best is None else torch.where(better, error, best)
+                integers[rows] = torch.where(better, integer.to(torch.int8), integers[rows])
+                zero_points[rows] = torch.where(better, zero.to(torch.int8), zero_points[rows])
+    return scale, integers, zero_points
 
 
 def _least_error(groups: Tensor, candidates: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.packing import unpack_int4
+from ...kernels.packing import unpack_group_scale, unpack_int4
 from ...layers import (
     QuantLinear,
     SVDQW4A4Linear,
@@ -65,10 +65,12 @@ def _export(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError("a float is added to each of its groups (offset); quantize with zero_point: true instead")
     if isinstance(layer, (W4A16Linear, W4GroupLinear, SVDQW4A4Linear)):
         _plain(layer)
-        size, steps = _whole_groups(layer), layer.scale
+        size, steps, zero = _whole_groups(layer), layer.scale, getattr(layer, "zero_point", None)
         if isinstance(layer, SVDQW4A4Linear) and layer.group_scale is not None:
-            steps = layer.scale[:, None] * layer.group_scale
-        zero = getattr(layer, "zero_point", None)
+            steps = layer.scale[:, None] * unpack_group_scale(layer.group_scale)[0]
+            if layer.uses_zero_point:
+                raise ValueError("its groups of weights have zero points, which no reader takes beside quantized "
+                                 "activations; quantize with zero_point: false")  # fmt: skip
         if zero is not None and zero.max() > 7:
             raise ValueError("it has a zero point of 8, one more than four bits with a sign can say")
         group, tensors = _packed(unpack_int4(layer.qweight)[:, :k], steps, zero, size, 4)

@@ -67,7 +67,7 @@ struct Integer {
   static Acc dot(Acc acc, I a, I b) { return acc + madd_16(a, b); }
 };
 
-// int4 codes with an integer 1..16 per group. 4 * 255 * 8 fits into 16 bits, so here the 8-bit instruction is exact,
+// int4 codes with an integer 1..16 per group. 4 * 255 * 15 (a code less its zero point) fits into 16 bits, so here the 8-bit instruction is exact,
 // and the integers multiply its sums. A step of the weight is the codes of even features, of odd ones, and the integer
 // of every four features.
 struct Grouped {

@@ -1,20 +1,24 @@
 // W4A4-SVD and W4A8-SVD with two-level scales: int4 weights become int8 on their way to an integer product.
 //
-// A group's integer 1..16 times a code is an int8, and there are only 16 codes: one shuffle looks all of a vector up,
-// for every group in its own table. Sums are exact; the float scales, the branch and the bias come at the end.
+// A group's integer 1..16 times a code less the group's zero point is an int8, and there are only 16 codes: one shuffle
+// looks all of a vector up, for every group in its own table. Sums are exact; the float scales, the branch and the bias come at the end.
 #pragma once
 #include "activations.h"
 
 namespace qg {
 
-struct Products {  // of every integer and every code, as two's complement counts the codes
-  alignas(16) int8_t of[17][16];
+// What a group makes of every code, as two's complement counts them, by the byte that holds the integer - 1 and above it
+// the zero point + 8. A byte whose products are no int8 is in no layer.
+struct Products {
+  alignas(16) int8_t of[256][16];
   constexpr Products() : of() {
-    for (int integer = 0; integer <= 16; integer++)
-      for (int code = 0; code < 16; code++) of[integer][code] = int8_t(integer * (code < 8 ? code : code - 16));
+    for (int byte = 0; byte < 256; byte++)
+      for (int code = 0; code < 16; code++)
+        of[byte][code] = int8_t((byte % 16 + 1) * ((code < 8 ? code : code - 16) - (byte / 16 - 8)));
   }
 };
 constexpr Products PRODUCTS;
+constexpr uint8_t ZERO_POINT = 0xF0, NO_GROUP = 0x80;  // the integer 1, the zero point 0
 
 struct Svdq {
   const uint8_t* qweight;      // (N, padded / 2)
@@ -33,32 +37,31 @@ struct Svdq {
     const int64_t groups = padded >> shift, ahead = (to.ahead_row * padded + to.ahead_k) / 2;
     for (int r = 0; r < rows; r++) {
       const uint8_t* packed = qweight + ((row + r) * padded + start) / 2;
-      const uint8_t* integers = group_scale + (row + r) * groups;
+      const uint8_t* bytes_of_groups = group_scale + (row + r) * groups;
       for (int64_t i = 0; i < inside; i += 64) prefetch(packed + ahead + i);
       Grouped::B* at = to.row(r);
       Sums sum = {};
       for (int64_t i = 0; i < to.length / 2; i += BYTES) {
         const I bytes = load_bytes(packed + i, inside - i);
         const I nibble = set_bytes(15), low = and_i(bytes, nibble), high = and_i(shift_right_16(bytes, 4), nibble);
-        at = put(integers, shift, start + 2 * i, low, high, at, sum);
+        at = put(bytes_of_groups, shift, start + 2 * i, low, high, at, sum);
       }
       block.row_sums[r] += total(sum);
     }
   }
 
-#if QG_VNNI
-  // Codes times the integers of their groups; the vector begins at `feature`.
-  Grouped::B* put(const uint8_t* integers, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
+  // Looks codes up in the tables of their groups, by those bits of their byte; the vectors begin at `feature`.
+  void look_up(const uint8_t* groups, uint8_t bits, int shift, int64_t feature, I low, I high, I& even, I& odd) const {
     const void* tables[BYTES / 16];
-    const auto table_of = [&](int64_t at) { return PRODUCTS.of[integers[at < padded ? at >> shift : 0]]; };
+    const auto table_of = [&](int64_t at) { return PRODUCTS.of[(at < padded ? groups[at >> shift] : NO_GROUP) & bits]; };
     I table;
-    if (shift >= 6) {  // the usual case: every 64 features have one integer
+    if (shift >= 6) {  // the usual case: every 64 features are of one group
       table = load_halves(table_of(feature), table_of(feature + 64));
     } else {
       for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane);
       table = load_lanes(tables);
     }
-    I even = shuffle_bytes(table, low), odd = shuffle_bytes(table, high);
+    even = shuffle_bytes(table, low), odd = shuffle_bytes(table, high);
     if (shift < 5) {  // two groups of 16 features in each lane of 16 bytes
       for (int lane = 0; lane < BYTES / 16; lane++) tables[lane] = table_of(feature + 32 * lane + 16);
       const I second = load_lanes(tables), first_half = repeat_lane(_mm_set_epi64x(0, -1));
@@ -66,19 +69,27 @@ struct Svdq {
       even = xor_i(and_i(even, first_half), and_i(shuffle_bytes(second, low), second_half));
       odd = xor_i(and_i(odd, first_half), and_i(shuffle_bytes(second, high), second_half));
     }
+  }
+
+#if QG_VNNI
+  // Codes less their zero points times their integers.
+  Grouped::B* put(const uint8_t* groups, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
+    I even, odd;
+    look_up(groups, 0xFF, shift, feature, low, high, even, odd);
     return put_int8(put_int8(at, even, sum), odd, sum);
   }
 #else
-  // Codes, and beside them the integers of their groups; the vector begins at `feature`.
-  Grouped::B* put(const uint8_t* integers, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
-    const I codes = repeat_lane(_mm_load_si128((const __m128i*)PRODUCTS.of[1]));
+  // Codes less their zero points, and beside them the integers of their groups.
+  Grouped::B* put(const uint8_t* groups, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
     alignas(64) int16_t each[BYTES / 2];  // of four features
     for (int i = 0; i < BYTES / 2; i += 4) {
       const int64_t from = feature + 4 * i;  // 16 features, the smallest group
-      const int16_t integer = integers[from < padded ? from >> shift : 0];
+      const int16_t integer = (from < padded ? groups[from >> shift] : NO_GROUP) % 16 + 1;
       for (int j = 0; j < 4; j++) each[i + j] = integer;
     }
-    const Grouped::Weights weights{shuffle_bytes(codes, low), shuffle_bytes(codes, high), load_i(each)};
+    Grouped::Weights weights;
+    look_up(groups, ZERO_POINT, shift, feature, low, high, weights.even, weights.odd);
+    weights.integers = load_i(each);
     store_i(at, weights.even);
     store_i(at + BYTES, weights.odd);
     store_i(at + 2 * BYTES, weights.integers);
