@@ -4,7 +4,7 @@
     out/model.safetensors              or model-0000i-of-0000n.safetensors and model.safetensors.index.json
     out/report.json
 
-`quantization_config` holds {"quant_method": "qgraft", "version": 1, "layers": {name: {scheme, options,
+`quantization_config` holds {"quant_method": "qgraft", "version": 2, "layers": {name: {scheme, options,
 shape}}, "tied": {name: name of the tensor it shares}, "files": {name: {size, sha256}}}, and where fused experts were
 split {"experts": {name: class}}. "files" is empty where transformers' `save_pretrained` wrote the folder, which knows
 no checksums.
@@ -33,7 +33,8 @@ from .errors import CheckpointError, some
 from .kinds import shape_of
 from .report import Report
 
-VERSION = 1
+# Version 1 had no zero points in `group_scale`.
+VERSION = 2
 CONFIG, WEIGHTS, REPORT = "config.json", "model.safetensors", "report.json"
 GENERATION = "generation_config.json"
 INDEX = WEIGHTS + ".index.json"
@@ -169,10 +170,12 @@ def check_config(quantization: Any, file: str | Path) -> dict[str, Any]:
     """The same for one that has been read already; `file` is where from."""
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qgraft":
         raise CheckpointError(f"{file}: not a qgraft checkpoint (no quantization_config of ours)")
-    if quantization.get("version") != VERSION:
+    version = quantization.get("version")
+    if type(version) is not int or version != VERSION:
+        older = type(version) is int and version < VERSION
         raise CheckpointError(
-            f"{file}: written in version {quantization.get('version')!r} of the format, this qgraft reads "
-            f"version {VERSION}; upgrade qgraft"
+            f"{file}: written in version {version!r} of the format, this qgraft reads version {VERSION}; "
+            + ("quantize the model again" if older else "upgrade qgraft")
         )
     quantization.setdefault("experts", {})  # only models with fused experts have it
     for key, kind in (("layers", dict), ("tied", str), ("files", dict), ("experts", str)):

@@ -168,10 +168,11 @@ def test_a_config_that_is_none_is_named(one, text, words):
 # -- entries of the config ----------
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, [1], {}])
-def test_another_version_asks_for_an_upgrade(one, version):
+@pytest.mark.parametrize("version", [3, 1, 0, "2", 2.0, True, None, [2], {}])
+def test_another_version_says_what_to_do(one, version):
     edit(one, lambda q: q.update(version=version))
-    refuse(one, "config.json", repr(version), "upgrade qgraft")
+    older = version in (0, 1) and version is not True
+    refuse(one, "config.json", repr(version), "quantize the model again" if older else "upgrade qgraft")
 
 
 @pytest.mark.parametrize("key", ["layers", "tied", "files"])
