@@ -28,13 +28,15 @@ NOT_FOR_THESE = ("bitnet",)
 ABLATIONS = (
     *(f"w4a4_svd {option}" for option in (
         "sequential=false", "rotate=false", "smooth=none", "smooth_alpha=0.5", "rounding=rtn", "rank=0", "rank=64",
-        "scales=group", "svd=exact", "iterations=0", "rotation_signs=none", "act_zero_point=false",
-        "rotate=false smooth=none rounding=rtn rank=0 act_zero_point=false sequential=false")),
+        "scales=group", "svd=exact", "iterations=0", "rotation_signs=none",
+        "zero_point=false", "act_zero_point=false",
+        "rotate=false smooth=none rounding=rtn rank=0 zero_point=false act_zero_point=false sequential=false")),
     *(f"w4a8_svd {option}" for option in (
         "sequential=false", "rotate=false", "smooth=none", "rounding=rtn", "rank=0", "rank=64", "iterations=0",
-        "rotation_signs=none")),
+        "rotation_signs=none", "zero_point=false")),
     *(f"w4a16 {option}" for option in (
-        "sequential=false", "rotate=false", "rounding=rtn", "rank=32", "rotate=false rounding=rtn sequential=false")),
+        "sequential=false", "rotate=false", "rounding=rtn", "rank=32", "zero_point=true",
+        "rotate=false rounding=rtn sequential=false")),
     "w8a8 rotate=false smooth=none", "w8a8 smooth=none",
 )  # fmt: skip
 

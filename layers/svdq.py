@@ -252,7 +252,7 @@ class SVDQW4A4Linear(Int4Linear):
             "branch": {"rank": 0},
             "iterations": {"iterations": 0},
             "gptq": {"rounding": "rtn"},
-            "zero_points": {"act_zero_point": False},
+            "zero_points": {"zero_point": False} | ({"act_zero_point": False} if s.uses_act_zero_point else {}),
         }
         used = {
             "smoothing": s.smooth != "none",
@@ -261,7 +261,7 @@ class SVDQW4A4Linear(Int4Linear):
             "branch": s.rank > 0,
             "iterations": s.rank > 0 and s.iterations > 0,
             "gptq": s.rounding != "rtn",
-            "zero_points": s.uses_act_zero_point,
+            "zero_points": s.uses_zero_point or s.uses_act_zero_point,
         }
         least = max(self._output_error(rows, stats, **chosen), TINY)
         return {
