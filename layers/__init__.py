@@ -7,7 +7,8 @@ from .experts import Experts, is_fused, why_not_split
 from .factorized import FactorizedLinear, FactorizedScheme, FactorizedW8Linear
 from .grouped import W4GroupLinear, W4GroupScheme, W8GroupLinear, W8GroupScheme
 from .stats import Stats
-from .svdq import SVDQScheme, SVDQW4A4Linear, SVDQW4A4Scheme, SVDQW4A8Linear
+from .svdq import SVDQW4A4Linear, SVDQW4A8Linear
+from .svdq_scheme import SVDQScheme, SVDQW4A4Scheme
 from .w4a16 import W4A16Linear, W4A16Scheme
 from .w8a8 import W8A8Linear, W8A8Scheme, W8A8StaticLinear, W8A8StaticScheme
 from .w8a16 import W8A16Linear, W8A16Scheme
