@@ -162,7 +162,7 @@ def test_w4a16_for_every_number_of_tokens(lib, dtype, group_size, zero_point):
     bias, rotate = torch.randn(n).to(dtype), group_size in (32, 64)
     dense = reference.w4a16_dequantize(k, *weight, smooth, down, up, group_size, rotate).double()
     exact = x.double() @ dense.t() + bias.double()
-    for m in (*range(1, 18), 31, 32, 64, 256):
+    for m in (*range(1, 18), 31, 32, 33, 48, 64, 65, 256):
         y = ops.w4a16_linear(x[:m], *weight, smooth, down, up, bias, group_size, rotate)
         assert relative_to_sums(y, exact[:m], x[:m], dense) < TOLERANCE[dtype]
 
@@ -171,12 +171,12 @@ def test_w4a16_for_every_number_of_tokens(lib, dtype, group_size, zero_point):
 @pytest.mark.parametrize("k", [331, 448])
 def test_w8_for_every_number_of_tokens(lib, k, dtype):
     """Few tokens are multiplied in another way than many, and rows may end anywhere in a step of 64 features."""
-    n = 45
+    n = 61
     qweight, scale, bias = random_int8(n, k), random_scale(n), torch.randn(n).to(dtype)
-    x = with_outliers(64, 2 * k, dtype)[:, ::2]
+    x = with_outliers(65, 2 * k, dtype)[:, ::2]
     op = ops.w8a32_linear if dtype is torch.float32 else ops.w8a16_linear
     exact = x.double() @ (qweight.double() * scale.double()[:, None]).t() + bias.double()
-    for m in (*range(1, 33), 64):
+    for m in (*range(1, 34), 47, 48, 49, 64, 65):
         assert relative(op(x[:m], qweight, scale, bias), exact[:m]) < TOLERANCE[dtype]
 
 
@@ -184,14 +184,14 @@ def test_w8_for_every_number_of_tokens(lib, k, dtype):
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize("group_size", [32, 64, 96, 352])
 def test_w8_group_for_every_number_of_tokens(lib, group_size, zero_point, dtype):
-    n, k = 45, 331
+    n, k = 61, 331
     groups = -(-k // group_size)
     qweight, scale, bias = random_int8(n, k), random_scale(n, groups), torch.randn(n).to(dtype)
     zero = random_int8(n, groups) if zero_point else None
-    x = with_outliers(64, 2 * k, dtype)[:, ::2]
+    x = with_outliers(65, 2 * k, dtype)[:, ::2]
     weight = reference.w8_group_dequantize(qweight, scale, zero, group_size).double()
     exact = x.double() @ weight.t() + bias.double()
-    for m in (*range(1, 33), 64):
+    for m in (*range(1, 34), 47, 48, 49, 64, 65):
         y = ops.w8_group_linear(x[:m], qweight, scale, zero, bias, group_size)
         assert relative_to_sums(y, exact[:m], x[:m], weight) < TOLERANCE[dtype]
 

@@ -16,25 +16,31 @@ constexpr int FEW_TILE_TOKENS = 5, FEW_TILE_ROWS = 4;
 // Rows of a task.
 constexpr int FEW_ROWS = 2 * LANES;
 
-// Scales, and with ZERO zero points, of FEW_TILE_ROWS rows as floats, and which of them are a step's.
+// Scales, and with ZERO zero points, of some rows as floats, and which of them are a step's.
 template <bool ZERO>
 struct FewSteps {
   int64_t groups, units, group = 0, unit = 0;
-  const float *scales, *zeros;  // (FEW_TILE_ROWS, groups)
+  const float *scales, *zeros;  // (rows, groups)
   int64_t of[2] = {};           // the groups of the two vectors of a step
 
-  static int64_t floats(int64_t groups) { return (ZERO ? 2 : 1) * FEW_TILE_ROWS * groups; }
+  static int64_t floats(int64_t groups, int rows) { return (ZERO ? 2 : 1) * rows * groups; }
 
-  FewSteps(const Rows& all, const int8_t* zero_point, int64_t group_size, int64_t row, int count, float* scratch)
-      : groups(all.k), units(group_size / FEW_UNIT), scales(scratch), zeros(scratch + FEW_TILE_ROWS * groups) {
-    for (int r = 0; r < FEW_TILE_ROWS; r++) {
+  FewSteps(const Rows& all, const int8_t* zero_point, int64_t group_size, int64_t row, int count, int rows,
+           float* scratch)
+      : groups(all.k), units(group_size / FEW_UNIT), scales(scratch), zeros(scratch + rows * groups) {
+    for (int r = 0; r < rows; r++) {
       const int64_t from = (row + std::min(r, count - 1)) * groups, to = r * groups;
+      // The rows that come next: too few bytes for the processor to fetch by itself.
+      const int64_t next = from + rows * groups, line = 64 / size_of(all.type);
+      for (int64_t i = 0; i < groups; i += line) prefetch_far((const char*)all.data + (next + i) * size_of(all.type));
+      for (int64_t i = 0; ZERO && i < groups; i += 64) prefetch_far(zero_point + next + i);
       to_floats(all, from, groups, scratch + to);
-      if (ZERO) std::copy_n(zero_point + from, groups, scratch + FEW_TILE_ROWS * groups + to);
+      if (ZERO) std::copy_n(zero_point + from, groups, scratch + rows * groups + to);
     }
   }
 
-  void next() {
+  // Inline, or a caller's sums would leave the registers.
+  __attribute__((always_inline)) void next() {
     for (int64_t& at : of) {
       at = std::min(group, groups - 1);  // a row may end in half a step
       if (++unit == units) unit = 0, group++;
@@ -48,9 +54,9 @@ struct FewSteps {
 //   layer                       whose `out`, `scratch_bytes` and `finish` are those of `gemm.h`
 //   STEP_BYTES, data, bytes     of a step; where the rows are, and the bytes of each
 //   length()                    features of a row in whole steps, as activations have them
-//   floats()                    of scratch that Steps takes
-//   Steps(weight, row, count, scratch)
-//                               what differs from group to group, for FEW_TILE_ROWS rows of which `count` are there;
+//   floats(rows)                of scratch that Steps takes
+//   Steps(weight, row, count, rows, scratch)
+//                               what differs from group to group, for so many rows of which `count` are there;
 //                               next() goes on to the next step
 //   unpack(at, steps, r, to)    one step of row r -> two vectors
 // act (tokens, length()), in the order in which weights are unpacked.
@@ -114,7 +120,7 @@ struct Few {
 #pragma omp parallel for schedule(dynamic) if (tokens * n * length > PARALLEL_WORK)
     for (int64_t task = 0; task < blocks; task++) {
       auto* sums = (float*)scratch<0>(sizeof(float) * tokens * FEW_ROWS);
-      auto* floats = (float*)scratch<1>(sizeof(float) * (weight.floats() + 1));
+      auto* floats = (float*)scratch<1>(sizeof(float) * (weight.floats(FEW_TILE_ROWS) + 1));
       auto* extra = (float*)scratch<2>(layer.scratch_bytes());
       if (!sums || !floats || (!extra && layer.scratch_bytes())) {
 #pragma omp atomic write
@@ -127,7 +133,7 @@ struct Few {
         const int count = std::min(FEW_TILE_ROWS, rows - r);
         const uint8_t* at[FEW_TILE_ROWS];
         for (int i = 0; i < FEW_TILE_ROWS; i++) at[i] = weight.data + (row + r + std::min(i, count - 1)) * weight.bytes;
-        const Steps steps(weight, row + r, count, floats);
+        const Steps steps(weight, row + r, count, FEW_TILE_ROWS, floats);
         for (int64_t part = 0; part < parts; part++) {
           const int64_t m = tokens * part / parts;
           tiles(tokens * (part + 1) / parts - m, act + m * length, at, steps, sums + m * FEW_ROWS + r);

@@ -28,7 +28,7 @@ QG_EXPORT int32_t qg_w8(const void* x, int32_t x_type, const int8_t* qweight, co
 #if QG_BF16
   if (x_type == BFLOAT16) {
     const W8<Bfloat16> layer{qweight, scale, k, out};
-    return m <= FEW_TILE_TOKENS ? w8_few(W8Few{layer}, tokens) : with_floats<Bfloat16>(tokens, n, layer);
+    return m <= STRIP_TOKENS ? w8_few(W8Few{layer}, tokens) : with_floats<Bfloat16>(tokens, n, layer);
   }
 #endif
   return with_floats<Float32>(tokens, n, W8<Float32>{qweight, scale, k, out});
@@ -44,7 +44,7 @@ QG_EXPORT int32_t qg_w8_group(const void* x, int32_t x_type, const int8_t* qweig
 #if QG_BF16
   if (x_type == BFLOAT16) {
     const W8Group<Bfloat16> layer{qweight, scale, zero_point, k, group_size, groups, out};
-    if (m > FEW_TILE_TOKENS) return with_floats<Bfloat16>(tokens, n, layer);
+    if (m > STRIP_TOKENS) return with_floats<Bfloat16>(tokens, n, layer);
     return zero_point ? w8_few(W8GroupFew<true>{layer}, tokens) : w8_few(W8GroupFew<false>{layer}, tokens);
   }
 #endif
@@ -101,7 +101,7 @@ QG_EXPORT int32_t qg_w4_float(const void* x, int32_t x_type, const float* smooth
   };
 #if QG_BF16
   if (type == BFLOAT16 && !act_bits) {
-    if (m >= WIDE_TOKENS) return run(Bfloat16());
+    if (m > STRIP_TOKENS) return run(Bfloat16());
     const W4A16<Bfloat16> layer{qweight, scale, Type(scale_type), zero_point, padded, group_size, out};
     return w4a16_few(layer, tokens, smooth_factor, rotate);
   }

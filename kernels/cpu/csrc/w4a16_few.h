@@ -1,6 +1,6 @@
 // W4A16 for a few tokens: see `few.h`. 64 weights are 32 bytes, and two look-ups in the 16 values of their groups.
 #pragma once
-#include "few.h"
+#include "strips.h"
 #include "w4a16.h"
 
 #if QG_BF16
@@ -15,17 +15,20 @@ struct W4A16Few {
   int64_t bytes = layer.padded / 2, groups = layer.padded / layer.group_size;
 
   int64_t length() const { return round_up(layer.padded, FEW_STEP); }
-  int64_t floats() const { return FewSteps<ZERO>::floats(groups); }
+  int64_t floats(int rows) const { return FewSteps<ZERO>::floats(groups, rows); }
 
   struct Steps : FewSteps<ZERO> {
-    Steps(const W4A16Few& w, int64_t row, int count, float* scratch)
+    Steps(const W4A16Few& w, int64_t row, int count, int rows, float* scratch)
         : FewSteps<ZERO>({w.layer.scale, w.layer.scale_type, w.layer.out.n, w.groups}, w.layer.zero_point,
-                         w.layer.group_size, row, count, scratch) {}
+                         w.layer.group_size, row, count, rows, scratch) {}
     F values(int r, int half) const {
       const F codes = load_f(CODES);
       return mul(ZERO ? sub(codes, this->zero(r, half)) : codes, this->scale(r, half));
     }
   };
+
+  static constexpr int place(int pair) { return 2 * pair; }
+  static void unpack_pairs(const uint8_t* at, const Steps& steps, int r, I* to) { unpack(at, steps, r, to); }
 
   // The low nibbles, then the high ones: activations stand in that order.
   static void unpack(const uint8_t* at, const Steps& steps, int r, I* to) {
@@ -62,7 +65,7 @@ inline int w4a16_few(const W4A16<Bfloat16>& layer, const Rows& x, const float* s
   const Memory<bf16> act(x.m * length);
   if (!act.data || prepare_w4a16_few(x, smooth_factor, padded, layer.group_size, rotate, length, act.data)) return 1;
   const bool split = layer.group_size % FEW_STEP && layer.padded > layer.group_size;
-  const auto run = [&](auto weight) { return Few<decltype(weight)>{weight, act.data, x.m}.run(); };
+  const auto run = [&](auto weight) { return few_or_strips(weight, act.data, x.m); };
   if (layer.zero_point) return split ? run(W4A16Few<true, true>{layer}) : run(W4A16Few<false, true>{layer});
   return split ? run(W4A16Few<true, false>{layer}) : run(W4A16Few<false, false>{layer});
 }
