@@ -101,7 +101,7 @@ class W4A16Linear(Int4Linear):
 
     def _linear(self, x: Tensor) -> Tensor:
         act = x if x.dtype in HALF else x.to(self.half_dtype)
-        return ops.w4a16_linear(
+        y = ops.w4a16_linear(
             act,
             self.qweight,
             self.scale,
@@ -112,7 +112,8 @@ class W4A16Linear(Int4Linear):
             self.bias,
             self.group_size,
             self.scheme.rotate,
-        ).to(x.dtype)
+        )
+        return y if act is x else y.to(x.dtype)
 
     def dequantize(self) -> Tensor:
         return reference.w4a16_dequantize(
