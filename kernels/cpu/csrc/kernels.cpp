@@ -44,7 +44,9 @@ QG_EXPORT int32_t qg_w8_group(const void* x, int32_t x_type, const int8_t* qweig
 #if QG_BF16
   if (x_type == BFLOAT16) {
     const W8Group<Bfloat16> layer{qweight, scale, zero_point, k, group_size, groups, out};
-    if (m > STRIP_TOKENS) return with_floats<Bfloat16>(tokens, n, layer);
+    // A few more tokens than a vector would leave most of the second one empty: three tiles of `gemm.h` hold them.
+    const bool tiled = m > LANES && m <= 3 * Bfloat16::TILE_M;
+    if (tiled || m > STRIP_TOKENS) return with_floats<Bfloat16>(tokens, n, layer);
     return zero_point ? w8_few(W8GroupFew<true>{layer}, tokens) : w8_few(W8GroupFew<false>{layer}, tokens);
   }
 #endif
