@@ -8,6 +8,7 @@ so it has an environment of its own:
 import contextlib
 import importlib.metadata
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,14 +43,16 @@ class LLMCompressor(entrants.Entrant):
         names = entrants.covered(model, "w4a16")
         count = sum(model.get_submodule(name).weight.numel() for name in names)
         size = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
-        rows = [
-            {"input_ids": batch["input_ids"][0].tolist(), "attention_mask": [1] * batch["input_ids"].shape[1]}
-            for batch in calibration
-        ]
+        rows = []
+        for batch in calibration:
+            masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            texts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]
+            rows += [{"input_ids": text, "attention_mask": [1] * len(text)} for text in texts]
         targets = [f"re:{name.replace('.', '[.]')}$" for name in names]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             oneshot(
                 model=model,
+                processor=_no_tokenizer(),
                 dataset=Dataset.from_list(rows),
                 recipe=GPTQModifier(targets=targets, scheme="W4A16"),
                 num_calibration_samples=len(rows),
@@ -58,3 +61,12 @@ class LLMCompressor(entrants.Entrant):
         # The layers stay nn.Linear with rounded float weights: what they would take is counted, not seen.
         with torch.no_grad():
             return entrants.Made(model, BITS, int(size - 4 * count + BITS * count / 8))
+
+
+def _no_tokenizer() -> Any:
+    """What stands in for one: the texts are tokens already, and a model from a GGUF file has no folder to look in."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0})), pad_token="")

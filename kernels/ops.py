@@ -57,6 +57,15 @@ svdq_linear = torch.ops.qgraft.svdq_linear
 svdq_quantize = torch.ops.qgraft.svdq_quantize
 
 
+def call(op: Callable, *args):
+    """op(*args), past the part that is there for gradients where none are wanted: it is written in Python, and takes as
+    long as a small layer. What torch.compile and torch.export trace is the op as it is."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 # ---- backends -------------------------------------------------------------------------------------------------------
 
 

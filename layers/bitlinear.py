@@ -80,7 +80,7 @@ class BitNetLinear(QuantLinear):
         self.qweight = pack_ternary(codes)
 
     def _linear(self, x: Tensor) -> Tensor:
-        return ops.bitnet_linear(x, self.qweight, self.scale, self.bias)
+        return ops.call(ops.bitnet_linear, x, self.qweight, self.scale, self.bias)
 
     def dequantize(self) -> Tensor:
         return reference.bitnet_dequantize(self.in_features, self.qweight, self.scale)

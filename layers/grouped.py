@@ -113,8 +113,14 @@ class W8GroupLinear(GroupLinear):
         self.qweight = codes.clamp(-128, 127).to(torch.int8).flatten(1)[:, : self.in_features].contiguous()
 
     def _linear(self, x: Tensor) -> Tensor:
-        return ops.w8_group_linear(
-            self._in_order(x), self.qweight, self.scale, self.zero_point, self.bias, self.group_size
+        return ops.call(
+            ops.w8_group_linear,
+            self._in_order(x),
+            self.qweight,
+            self.scale,
+            self.zero_point,
+            self.bias,
+            self.group_size,
         )
 
     def dequantize(self) -> Tensor:
@@ -182,7 +188,7 @@ class W4GroupLinear(GroupLinear):
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         codes = self.qweight, self.scale, self.zero_point
-        return ops.w4a16_linear(x, *codes, None, None, None, bias, self.group_size, False)
+        return ops.call(ops.w4a16_linear, x, *codes, None, None, None, bias, self.group_size, False)
 
     def dequantize(self) -> Tensor:
         weight = reference.w4_residual(self.qweight, self.scale, self.zero_point, self.group_size)

@@ -177,7 +177,8 @@ class SVDQW4A4Linear(Int4Linear):
 
     def _linear(self, x: Tensor) -> Tensor:
         s = self.scheme
-        return ops.svdq_linear(
+        return ops.call(
+            ops.svdq_linear,
             x,
             self.qweight,
             self.scale,

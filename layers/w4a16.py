@@ -101,7 +101,8 @@ class W4A16Linear(Int4Linear):
 
     def _linear(self, x: Tensor) -> Tensor:
         act = x if x.dtype in HALF else x.to(self.half_dtype)
-        y = ops.w4a16_linear(
+        y = ops.call(
+            ops.w4a16_linear,
             act,
             self.qweight,
             self.scale,

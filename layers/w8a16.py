@@ -50,7 +50,7 @@ class W8A16Linear(QuantLinear):
 
     def _linear(self, x: Tensor) -> Tensor:
         act = x if x.dtype in HALF else x.to(self.activation_dtype)
-        y = ops.w8a16_linear(act, self.qweight, self.scale, self.bias)
+        y = ops.call(ops.w8a16_linear, act, self.qweight, self.scale, self.bias)
         return y if act is x else y.to(x.dtype)
 
     def dequantize(self) -> Tensor:

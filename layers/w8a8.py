@@ -134,7 +134,8 @@ class W8A8Linear(QuantLinear):
         return self._product(x, None, None)
 
     def _product(self, x: Tensor, act_scale: Tensor | None, act_zero_point: Tensor | None) -> Tensor:
-        return ops.w8a8_linear(
+        return ops.call(
+            ops.w8a8_linear,
             x,
             self.qweight,
             self.scale,

@@ -8,6 +8,9 @@ import pytest
 import torch
 from group_scales import LARGEST, random_group_scale
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgraft.kernels import ops, reference
 from qgraft.kernels.cpu import linear as cpu
@@ -268,6 +271,37 @@ def test_inference_mode_and_vmap_free_calls_agree(cls):
     with torch.inference_mode():
         y = layer(x)
     assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_without_gradients_everything_that_wraps_a_call_still_sees_the_op(cls):
+    """Calls go past autograd then, and past nothing else."""
+    torch._dynamo.reset()
+    layer, x = layer_of(cls), torch.randn(6, 48, requires_grad=True)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    expected = layer(x).detach()
+    with torch.no_grad():
+        y = layer(x)
+        assert torch.equal(y, expected) and not y.requires_grad
+        with Watch():
+            layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = layer(x)
+        traced = make_fx(layer)(x.detach())
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert layer(torch.empty(4, 48)).shape == (4, 32)
+    own = cls is not FactorizedLinear
+    assert any("qgraft" in name for name in seen) is own
+    assert any("qgraft" in str(node.target) for node in traced.graph.nodes) is own
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half, layer(x))
 
 
 def test_a_device_without_a_kernel_gets_the_reference_and_one_warning():
