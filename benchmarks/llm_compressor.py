@@ -8,6 +8,7 @@ so it has an environment of its own:
 import contextlib
 import importlib.metadata
 import os
+import tempfile
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from . import entrants
 
-GROUP = 128  # of its preset W4A16; the published checkpoints have it
+GROUP = 64  # as ours have; its preset W4A16 has 128, which not all widths here are a multiple of
 BITS = 4 + 16 / GROUP  # codes, and one 16-bit scale a group; symmetric
 
 
@@ -34,6 +35,7 @@ class LLMCompressor(entrants.Entrant):
         return None
 
     def make(self, model: nn.Module, calibration: entrants.Batches) -> entrants.Made:
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
         from datasets import Dataset
         from llmcompressor import oneshot
         from llmcompressor.modifiers.quantization import GPTQModifier
@@ -49,12 +51,23 @@ class LLMCompressor(entrants.Entrant):
             texts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]
             rows += [{"input_ids": text, "attention_mask": [1] * len(text)} for text in texts]
         targets = [f"re:{name.replace('.', '[.]')}$" for name in names]
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        weights = QuantizationArgs(num_bits=4, strategy="group", group_size=GROUP)  # else as in its preset
+        scheme = QuantizationScheme(targets=targets, weights=weights)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
+            # It reads the configuration again from where the model came from, which a GGUF file is not good for, and
+            # takes a model whose file was quantized for quantized.
+            vars(model.config).pop("quantization_config", None)
+            model.config.save_pretrained(folder)
+            model.config._name_or_path = model.name_or_path = folder
             oneshot(
                 model=model,
                 processor=_no_tokenizer(),
                 dataset=Dataset.from_list(rows),
-                recipe=GPTQModifier(targets=targets, scheme="W4A16"),
+                recipe=GPTQModifier(config_groups={"group_0": scheme}),
                 num_calibration_samples=len(rows),
                 max_seq_length=max(len(row["input_ids"]) for row in rows),
             )
