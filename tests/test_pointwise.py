@@ -54,7 +54,10 @@ def test_shapes_memory_formats_types_and_gradients(dtype):
     assert y.dtype == dtype and relative(y, conv(x)) < 0.02
     turned = layer(x.to(memory_format=torch.channels_last))
     assert turned.is_contiguous(memory_format=torch.channels_last) and torch.equal(turned, y)
-    assert torch.equal(layer(x[1]), y[1]) and layer(x[:0]).shape == (0, 22, 4, 6)
+    # Another number of tokens may add up in another order, and that round to the next number of 16 bits.
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x[1]), y[1], rtol=2 * rounding, atol=2 * rounding)
+    assert layer(x[:0]).shape == (0, 22, 4, 6)
     for bad in (x[0, 0], x.movedim(1, -1), x[None]):
         with pytest.raises(ValueError, match=r"takes input of shape \(B, 19, H, W\)"):
             layer(bad)
