@@ -4,6 +4,8 @@ Every function divides by the very scale that is stored, in float32, and clamps.
 scale, rounded down, turns the largest weight of a row into code 128, which an int8 wraps to -128.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def search_group_steps(weight: Tensor, group_size: int) -> Tensor:
     for rows in row_chunks(n, k):
         groups = weight[rows].float().unflatten(1, (-1, group_size))  # (rows, Kp // G, G)
         top = (groups.abs().amax(-1) / INT4_MAX).clamp_min(TINY)
-        best[rows] = _least_error(groups, [top * ratio for ratio in CLIP_GRID])
+        best[rows] = _least_error((_error(groups, step), step) for step in (top * ratio for ratio in CLIP_GRID))[0]
     return best
 
 
@@ -107,18 +109,8 @@ def search_group_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor
     for rows in row_chunks(n, k):
         groups = weight[rows].float().unflatten(1, (-1, group_size))  # (rows, Kp // G, G)
         low, high = torch.aminmax(groups, dim=-1)
-        best = None
-        for ratio in RANGE_GRID:
-            step, zero = scale_of_range(low * ratio, high * ratio, 4, symmetric=False)
-            wide, center = step[..., None], zero[..., None]
-            error = (round_int4(groups, wide, center).sub_(center).mul_(wide) - groups).square_().sum(-1)
-            if best is None:
-                steps[rows], zeros[rows], best = step, zero, error
-            else:
-                better = error < best
-                steps[rows] = torch.where(better, step, steps[rows])
-                zeros[rows] = torch.where(better, zero, zeros[rows])
-                best = torch.where(better, error, best)
+        ranges = (scale_of_range(low * ratio, high * ratio, 4, symmetric=False) for ratio in RANGE_GRID)
+        steps[rows], zeros[rows] = _least_error((_error(groups, *pair), *pair) for pair in ranges)
     return steps, zeros
 
 
@@ -138,7 +130,7 @@ def two_level_scales(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         groups = weight[rows].float().unflatten(1, (-1, group_size))
         row_scale = scale[rows, None]
         around = [(nearest[rows] + d).clamp(1, MAX_GROUP_SCALE) * row_scale for d in (0, -1, 1)]
-        integer[rows] = (_least_error(groups, around) / row_scale).round()
+        integer[rows] = (_least_error((_error(groups, step), step) for step in around)[0] / row_scale).round()
     return scale, integer.to(torch.int8)
 
 
@@ -155,34 +147,42 @@ def two_level_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, T
     scale = torch.maximum(farthest.amax(1) / INT8_MAX, steps.amax(1) / MAX_GROUP_SCALE)  # (N,)
     nearest = (steps / scale[:, None]).round()
     middle = (-0.5 - zeros) * steps  # of the 16 values
-    integers, zero_points = torch.ones_like(zeros), torch.zeros_like(zeros)  # which fit, whatever comes
+    integers, zero_points = torch.empty_like(zeros), torch.empty_like(zeros)
     for rows in row_chunks(n, k):
-        groups, best = weight[rows].float().unflatten(1, (-1, group_size)), None
-        for integer in ((nearest[rows] + d).clamp(1, MAX_GROUP_SCALE) for d in (0, -1, 1)):
-            step = integer * scale[rows, None]
-            for zero in (((-0.5 - middle[rows] / step).round() + d).clamp(-8, 7) for d in (0, -1, 1)):
-                center, wide = zero[..., None], step[..., None]
-                error = (round_int4(groups, wide, center).sub_(center).mul_(wide) - groups).square_().sum(-1)
-                fits = (integer * (zero + 8) <= INT8_MAX + 1) & (integer * (7 - zero) <= INT8_MAX)
-                error = torch.where(fits, error, torch.inf)
-                better = error < (torch.inf if best is None else best)
-                best = error if best is None else torch.where(better, error, best)
-                integers[rows] = torch.where(better, integer.to(torch.int8), integers[rows])
-                zero_points[rows] = torch.where(better, zero.to(torch.int8), zero_points[rows])
+        groups = weight[rows].float().unflatten(1, (-1, group_size))
+        integers[rows], zero_points[rows] = _least_error(_near(groups, nearest[rows], middle[rows], scale[rows, None]))
     return scale, integers, zero_points
 
 
-def _least_error(groups: Tensor, candidates: list[Tensor]) -> Tensor:
-    """Of the steps offered, each (rows, Kp // G), the one with the least squared error for each group."""
-    best, best_error = candidates[0], None
-    for step in candidates:
-        error = (round_int4(groups, step[..., None]).mul_(step[..., None]) - groups).square_().sum(-1)
-        if best_error is None:
-            best, best_error = step.clone(), error
+def _near(groups: Tensor, nearest: Tensor, middle: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(error, integer, zero point) around a group's own; what is no int8 becomes 1 and 0, with an infinite error."""
+    for integer in ((nearest + d).clamp(1, MAX_GROUP_SCALE) for d in (0, -1, 1)):
+        step = integer * scale
+        for zero in (((-0.5 - middle / step).round() + d).clamp(-8, 7) for d in (0, -1, 1)):
+            fits = (integer * (zero + 8) <= INT8_MAX + 1) & (integer * (7 - zero) <= INT8_MAX)
+            error = torch.where(fits, _error(groups, step, zero), torch.inf)
+            yield error, torch.where(fits, integer, 1).to(torch.int8), torch.where(fits, zero, 0).to(torch.int8)
+
+
+def _error(groups: Tensor, step: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Squared rounding error of each group: groups (rows, Kp // G, G), step and zero_point (rows, Kp // G)."""
+    wide, center = step[..., None], None if zero_point is None else zero_point[..., None]
+    codes = round_int4(groups, wide, center)
+    if center is not None:
+        codes.sub_(center)
+    return codes.mul_(wide).sub_(groups).square_().sum(-1)
+
+
+def _least_error(candidates: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Of the candidates (error, *values), for each element the values with the least error, the first of equals."""
+    least, best = None, []
+    for error, *values in candidates:
+        if least is None:
+            least, best = error, values
         else:
-            better = error < best_error
-            best = torch.where(better, step, best)
-            best_error = torch.where(better, error, best_error)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = [torch.where(better, new, old) for new, old in zip(values, best, strict=True)]
     return best
 
 
