@@ -56,7 +56,7 @@ def granularity() -> Figure:
     outliers[:, ::97] *= 12
     sizes = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
     drawn, ax = panels(1, 3.2)
-    for w, name, color in ((plain, "rows of different size", BLUE), (outliers, "and outlier columns", ORANGE)):
+    for w, name, color in ((plain, "rows of different size", BLUE), (outliers, "with outlier columns", ORANGE)):
         errors = [100 * relative(QF.dequantize(*QF.quantize_per_group(w, g, 4)), w) for g in sizes]
         ax.plot(sizes, errors, "o-", color=color, label=f"{name}, per group")
         whole = 100 * relative(QF.dequantize(*QF.quantize_per_tensor(w, 4)), w)
@@ -99,13 +99,14 @@ def sign_flip() -> Figure:
     naive = wrapped * scale.float()
     layer = W8A16Linear(1024, 256, bias=False)
     layer.quantize(w)
-    drawn, axes = panels(2, 3.2, sharey=True)
+    some = torch.rand(w.shape) < 0.003
+    trapped = naive.sign() * w.float().sign() < 0
+    drawn, axes = panels(2, 3.2, sharex=True, sharey=True)
     for ax, again, title in zip(axes, (naive, layer.dequantize()), ("bfloat16 scale, no clamp", "qgraft"), strict=True):
-        flipped = again.sign() * w.float().sign() < 0
-        some = torch.rand(w.shape) < 0.003
-        ax.plot(w[some & ~flipped].float(), again[some & ~flipped], ".", color=BLUE, markersize=2)
-        ax.plot(w[flipped].float(), again[flipped], "x", color=ORANGE)
-        ax.set(title=f"{title}: {int(flipped.any(1).sum())} of 256 rows flipped", xlabel="weight")
+        flipped = (again.sign() * w.float().sign() < 0).any(1).sum()
+        ax.plot(w[some & ~trapped].float(), again[some & ~trapped], ".", color=BLUE, markersize=2)
+        ax.plot(w[trapped].float(), again[trapped], "x", color=ORANGE)
+        ax.set(title=f"{title}: {int(flipped)} of 256 rows flipped", xlabel="weight")
         ax.locator_params(nbins=5)
     axes[0].set_ylabel("dequantized")
     return drawn
