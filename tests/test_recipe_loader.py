@@ -5,20 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qgraft.layers import SCHEMES
 from qgraft.recipes import Recipe, RecipeError, SchemeSpec, load_recipe, pattern_matches, shipped_recipes
 
-W4A4 = {
-    "rank": 32,
-    "group_size": 64,
-    "smooth": "auto",
-    "smooth_alpha": None,
-    "rotate": True,
-    "rotation_signs": "auto",
-    "scales": "two_level",
-    "rounding": "auto",
-    "svd": "randomized",
-    "iterations": 8,
-}
+W4A4 = {name: option.default for name, option in SCHEMES["w4a4_svd"].Scheme.model_fields.items()}
 
 
 @pytest.fixture
@@ -120,7 +110,7 @@ def test_the_w8_recipes_quantize_everything():
     assert load_recipe("w8a32").rules == load_recipe("w8a16").rules == ()
 
 
-def test_the_fast_w4a4_recipe_needs_no_data_and_is_the_same_otherwise():
+def test_the_w4a4_recipe_names_every_option_and_the_fast_one_is_the_same_without_data():
     slow, fast = load_recipe("w4a4_svd"), load_recipe("w4a4_svd_fast")
     assert slow.scheme == SchemeSpec(name="w4a4_svd", options=W4A4)
     assert fast.scheme == SchemeSpec(name="w4a4_svd", options={**W4A4, "smooth": "weights", "rounding": "rtn"})
