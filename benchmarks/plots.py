@@ -8,8 +8,9 @@ from . import roofline
 from .layer_table import name_of, short_type
 
 Row = dict[str, Any]
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vP*X<>hd"
 OURS = ("qgraft", "torch")
+BRIGHT = (*(f"C{i}" for i in range(10)), "navy", "gold")  # a color for each layer: there are more than ten
 MUTED = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#666666")
 
 
@@ -94,7 +95,7 @@ def _styles(lines: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
     for i, (name, line) in enumerate(lines.items()):
         style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1, "linestyle": "--"}
         if line[0]["library"] == "qgraft":
-            style |= {"color": f"C{ours % 10}", "markersize": 5, "linewidth": 2, "linestyle": "-"}
+            style |= {"color": BRIGHT[ours % len(BRIGHT)], "markersize": 5, "linewidth": 2, "linestyle": "-"}
             ours += 1
         elif line[0]["library"] == "torch":
             style["color"] = "black"

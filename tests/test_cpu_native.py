@@ -516,3 +516,15 @@ def test_the_sources_travel_with_the_package():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         native.library()
+
+
+def test_it_is_compiled_by_a_command_that_says_where_it_is_or_why_not(tmp_path):
+    command = [sys.executable, "-m", "qgraft.kernels.cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": "/nowhere"})
+    assert done.returncode == 1 and done.stderr.startswith("no native CPU kernels, because ") and not done.stdout
+    try:
+        path = native.build()
+    except native.Unavailable:
+        return
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (str(path), "")

@@ -67,6 +67,7 @@ def test_the_wheel_holds_recipes_and_the_type_marker(tmp_path):
         "qgraft/py.typed",
         "qgraft/recipes/w4a4_svd.yaml",
         "qgraft/kernels/ops.py",
+        "qgraft/docs/examples/triton_w4a8.py",
     } <= names
     assert not any(name.startswith(("tests/", "qgraft/tests", "kernels/")) for name in names)
 

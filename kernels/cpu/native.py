@@ -1,6 +1,6 @@
 """The native CPU kernels: C++ beside this file, compiled once for this machine by its own compiler.
 
-The first use compiles (about ten seconds, once for a machine and a version of the source) into the user's cache
+The first use compiles (20 to 30 seconds, once for a machine and a version of the source) into the user's cache
 folder, as torch.compile and Triton do for theirs. Where that is impossible (no compiler, no AVX2, not Linux on x86)
 the paths in plain torch answer instead, with one warning that says why: right, but slower.
 
@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -163,7 +162,3 @@ def _load(path: Path) -> ctypes.CDLL:
         raise Unavailable(f"{path} could not be loaded ({error}); remove it to have it compiled again") from error
     lib.features = lib.qg_features()
     return lib
-
-
-if __name__ == "__main__":
-    print(build(), file=sys.stdout)

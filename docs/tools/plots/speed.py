@@ -16,7 +16,7 @@ def tiles() -> Figure:
     """One program of a tiled product: a block of rows of x, a block of columns of w, a tile of y."""
     drawn = Figure(figsize=(7, 4.2), layout="constrained")
     ax = drawn.subplots()
-    for x0, y0, width, height, name in ((0, 0, 4, 4, "x (M, K)"), (5, 5, 6, 4, "w (K, N)"), (5, 0, 6, 4, "y (M, N)")):
+    for x0, y0, width, height, name in ((0, 0, 4, 4, "x (M, K)"), (5, 5, 6, 4, "wᵀ (K, N)"), (5, 0, 6, 4, "y (M, N)")):
         ax.add_patch(Rectangle((x0, y0), width, height, fill=False, edgecolor="black"))
         ax.annotate(name, (x0 + width / 2, y0 + height + 0.15), ha="center")
     for k in range(4):
@@ -24,7 +24,7 @@ def tiles() -> Figure:
         ax.add_patch(Rectangle((k, 2), 1, 1, color=BLUE, alpha=shade))
         ax.add_patch(Rectangle((7, 8 - k), 1.5, 1, color=BLUE, alpha=shade))
     ax.add_patch(Rectangle((7, 2), 1.5, 1, color=ORANGE))
-    ax.annotate("BLOCK_M x BLOCK_N:\none program", (8.6, 2.5), va="center")
+    ax.annotate("BLOCK_M x BLOCK_N:\none program", (7.75, 1.4), ha="center", va="center", fontsize=9)
     ax.annotate("k = 0, 1, 2, 3: the loop", (0.1, 1.5), va="center", fontsize=9)
     ax.set(xlim=(-0.2, 11.2), ylim=(-0.2, 9.6), aspect="equal")
     ax.axis("off")
