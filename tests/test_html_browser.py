@@ -85,7 +85,7 @@ def test_a_click_on_a_title_sorts_and_the_next_the_other_way(opened):
     title.click()
     assert [float(v) for v in column(tab, 3)] == sorted(errors)
     tab.get_by_role("button", name="output SQNR").click()
-    assert column(tab, 4)[-1] == "", "what is not known comes last"
+    assert column(tab, 5)[-1] == "", "what is not known comes last"
     tab.get_by_role("button", name="layer", exact=True).click()
     assert names(tab)[:3] == [f"model.layers.0.proj{i}" for i in range(3)]
 
@@ -117,6 +117,42 @@ def test_a_layer_is_chosen_by_keyboard_alone_and_its_figures_follow(opened):
     assert tab.get_attribute("tr.chosen", "data-i") == "1"
 
 
+def test_the_tab_key_stops_once_in_the_table_and_the_focus_is_seen(opened):
+    tab = opened("two")
+    stops = "#table tbody:not([hidden]) button[tabindex='0']"
+    assert tab.locator(stops).count() == 1
+    tab.focus(stops)
+    assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    tab.keyboard.press("End")
+    assert tab.evaluate("document.activeElement.textContent") == "model.layers.4.proj1"
+    assert tab.locator(stops).count() == 1
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.id") == "chosen", "the next thing after the table"
+    tab.get_by_label("Name or scheme contains").fill("layers.3")
+    assert tab.inner_text(stops) == "model.layers.3.proj0", "there is always one to go to"
+
+
+def test_the_modules_are_listed_with_their_bytes_and_lead_inside(opened):
+    tab = opened("two")
+    assert tab.inner_text("#inside caption") == "The largest inside model.layers"
+    tab.get_by_role("button", name="2", exact=True).click()
+    assert tab.input_value("#root") == "model.layers.2" and tab.locator("#inside tbody tr").count() == 7
+    tab.get_by_role("table", name="The largest inside").get_by_role("button", name="proj6").press("Enter")
+    assert tab.inner_text("#h-layer") == "One layer: model.layers.2.proj6"
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("two", "light"), ("two", "dark"), ("none", "light")])
+def test_axe_has_nothing_to_say(opened, name, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    tab = opened(name, color_scheme=scheme)
+    if name == "two":
+        tab.select_option("#other", "1")
+        tab.click("#table tr.flagged button")
+        tab.wait_for_selector("#compare svg path")
+    results = axe.run(tab)
+    assert results.violations_count == 0, results.generate_report()
+
+
 def test_a_point_of_the_figure_leads_to_its_layer(opened):
     tab = opened("two")
     point = tab.locator("#error .mark-symbol path").nth(4)
@@ -128,6 +164,7 @@ def test_the_tree_is_entered_by_list_and_by_click(opened):
     tab = opened("two")
     everything = tab.locator("#tree .mark-rect").first.locator("path")
     assert everything.count() == 30
+    assert tab.input_value("#root") == "model.layers", "where there is something to choose from"
     tab.select_option("#root", "model.layers.0")
     tab.wait_for_function("document.querySelectorAll('#tree .mark-rect:first-of-type path').length == 7")
     tab.select_option("#root", "(the model)")
@@ -143,10 +180,11 @@ def test_two_reports_stand_beside_each_other(opened):
     assert not tab.is_visible("#comparison")
     tab.select_option("#other", "1")
     tab.wait_for_selector("#compare svg path")
-    assert "30 layers are in both" in tab.inner_text("#compared") and "Above" in tab.inner_text("#c-compare")
+    assert "30 layers are in both" in tab.inner_text("#compared") and "Higher is better" in tab.inner_text("#c-compare")
+    assert tab.locator("#compare .mark-symbol.role-mark path").count() == 2 * 29, "all but the output that overflows"
     assert "Beside second" in tab.inner_text("#h-compare")
     tab.get_by_role("button", name="error, other").click()
-    others = [float(v) for v in column(tab, 7)]
+    others = [float(v) for v in column(tab, 4)]
     assert others == sorted(others, reverse=True)
     tab.select_option("#shown", "1")
     tab.select_option("#other", "")

@@ -8,14 +8,16 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+import yaml
 from report_models import HOSTILE, Small, made_up, quantized, saved
 from safetensors.torch import load_file
 from torch import nn
 
-from qgraft import Quantizer, Report, save
+from qgraft import Quantizer, Recipe, Report, save
 from qgraft.quantizer import CheckpointError, cli
 from qgraft.quantizer.cli_report import Kind
 from qgraft.quantizer.html import data, drawing, page
+from qgraft.quantizer.html.advice import notes_on_rest
 from qgraft.quantizer.html.against import fill_details
 
 pytest.importorskip("vl_convert")
@@ -35,11 +37,11 @@ def shown(folders):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the text of scripts, and the cells of each row of the tables."""
+    """Tags with their attributes, the text of scripts, and the cells of each row of the table of layers."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.tags, self.scripts, self.rows, self.inside = [], [], [], None
+        self.tags, self.scripts, self.rows, self.inside, self.table = [], [], [], None, None
         self.feed(text)
         self.close()
 
@@ -47,9 +49,11 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
         if tag == "script":
             self.scripts.append("")
-        elif tag == "tr":
+        elif tag == "table":
+            self.table = dict(attributes).get("id")
+        elif tag == "tr" and self.table == "table":
             self.rows.append([])
-        elif tag in ("td", "th") and self.rows:
+        elif tag in ("td", "th") and self.table == "table":
             self.rows[-1].append("")
         self.inside = tag if tag in ("script", "style") else "cell" if tag in ("td", "th", "button") else self.inside
 
@@ -59,7 +63,7 @@ class Page(HTMLParser):
     def handle_data(self, text):
         if self.inside == "script":
             self.scripts[-1] += text
-        elif self.inside == "cell" and self.rows and self.rows[-1]:
+        elif self.inside == "cell" and self.table == "table" and self.rows and self.rows[-1]:
             self.rows[-1][-1] += text.strip()
 
     @property
@@ -85,6 +89,16 @@ def test_the_tree_has_every_byte_once_and_one_root(shown):
     assert all(node["parent"] in by_id for node in nodes if node["parent"] is not None)
     assert sum(node.get("after", 0) for node in nodes) == shown[0].after
     assert {n["parent"] for n in nodes if n["label"] == "up"} == {f"blocks.{i}" for i in range(3)}
+    totals = {node["id"]: node["total"] for node in nodes}
+    assert totals[data.ROOT] == [shown[0].before, shown[0].after]
+    up, down = by_id["blocks.1.up"], by_id["blocks.1.down"]
+    assert totals["blocks.1"] == [up[which] + down[which] for which in ("before", "after")]
+
+
+def test_the_tree_begins_where_there_is_something_to_choose_from(shown):
+    assert data.top(data.tree(shown[0].modules)) == data.ROOT
+    assert data.top(data.tree(made_up(30).modules)) == "model.layers"
+    assert data.top(data.tree(made_up(1).modules)) == "model.layers.0" and data.top([]) == data.ROOT
 
 
 def test_a_module_with_tensors_and_children_gets_a_leaf_for_its_own():
@@ -153,13 +167,14 @@ def test_the_page_fetches_nothing(shown):
 
 def test_the_table_has_a_row_for_each_layer_with_its_numbers(shown):
     parsed = Page(page.render(shown))
-    assert parsed.rows[0][:7] == [title for title, _ in page.COLUMNS]
+    titles = [title for title in parsed.rows[0] if title not in page.COMPARED.values()]
+    assert titles[:7] == [title for title, _ in page.COLUMNS]
     rows = {(tuple(row[:2])): row for row in parsed.rows}
     for found in shown:
         for layer in found.rows:
             row = rows[layer["name"], layer["scheme"]]
             assert row[2] == f"{layer['out_features']}×{layer['in_features']}"
-            assert row[3] == f"{100 * layer['weight_error']:.2f} %" and row[4] == f"{layer['output_sqnr']:.1f} dB"
+            assert row[3] == f"{100 * layer['weight_error']:.2f} %" and row[5] == f"{layer['output_sqnr']:.1f} dB"
     labels = {tag for tag, _ in parsed.tags}
     assert {"main", "header", "footer", "h1", "label", "select"} <= labels
     assert [a["lang"] for tag, a in parsed.tags if tag == "html"] == ["en"]
@@ -187,7 +202,7 @@ def test_no_name_breaks_out_of_the_page():
 def test_fields_that_are_not_known_are_shown_and_what_is_not_finite_is_null():
     found = made_up(2, smooth_alpha=0.35, won={"rotation": 0.5, "gptq": float("nan")}, chosen="auto")
     parsed = Page(page.render([found]))
-    assert parsed.rows[0][7:9] == ["smooth alpha", "chosen"] and parsed.rows[1][7:9] == ["0.35", "auto"]
+    assert parsed.rows[0][9:11] == ["smooth alpha", "chosen"] and parsed.rows[1][9:11] == ["0.35", "auto"]
     extra = parsed.data["reports"][0]["rows"][0]["extra"]
     assert extra == {"smooth_alpha": 0.35, "won": {"rotation": 0.5, "gptq": None}, "chosen": "auto"}
 
@@ -203,6 +218,30 @@ def test_the_advice_stands_on_the_page_with_the_worst_layer_first():
     text = page.render([made_up(40)])
     assert 'data-layer="model.layers.1.proj0"' in text.split('class="advice"')[1].split("</li>")[0]
     assert text.count('class="flagged"') == 2  # the outlier, and the one without a ratio
+
+
+def test_what_stays_in_float_is_named_where_it_is_much_of_the_result():
+    blocks = [{"name": f"blocks.{i}.experts", "scheme": None, "before": 90, "after": 90} for i in range(3)]
+    small = [{"name": "norm", "scheme": None, "before": 1, "after": 1}]
+    done = [{"name": "fc", "scheme": "w8a16", "before": 400, "after": 100}]
+    (note,) = notes_on_rest(blocks + small + done)
+    assert "271 B of the 371 B (73 %)" in note and "blocks.{0-2}.experts x3 (270 B), and others" in note
+    assert "norm" not in note and "embedding_w8" not in note
+    (note,) = notes_on_rest([{"name": "embed_tokens", "scheme": None, "before": 90, "after": 90}, *done])
+    assert "embed_tokens (90 B)." in note and "embedding_w8" in note
+    assert notes_on_rest(small + done) == [] == notes_on_rest([])
+
+
+def test_all_advice_stands_together_as_rules_of_a_recipe():
+    found = made_up(40)
+    rules = yaml.safe_load(found.rules)
+    assert [rule["match"] for rule in rules] == [["model.layers.1.proj0"]]  # the other has no rule that helps
+    Recipe.from_dict({"scheme": "w4a4_svd", "rules": rules})
+    assert "<wbr>proj0</button>" in page.render([found]) and found.rules.splitlines()[0] in page.render([found])
+
+
+def test_a_name_may_be_broken_after_dots_and_is_escaped():
+    assert page.breakable("a.b_c<i>") == "a.<wbr>b_<wbr>c&lt;i&gt;"
 
 
 def test_empty_and_rootless_reports_have_a_page(tmp_path):

@@ -14,6 +14,7 @@ import yaml
 
 from ...layers import EMBEDDINGS, SCHEMES
 from ...recipes.match import REGEX
+from ..tables import collapse, size
 
 Row = dict[str, Any]
 
@@ -28,6 +29,10 @@ HARMLESS_ERROR, HARMLESS_SQNR = 0.02, 34.0
 # At 10 dB the error is a third of the output's size.
 LOW_SQNR = 10.0
 SAVES_TOO_LITTLE = 0.9
+# Beyond this share of the result it is what was not quantized that makes it large.
+MUCH_LEFT = 0.3
+# Of that, norms and biases are not what makes it large.
+WORTH_NAMING = 0.05
 # What a branch may have: more and it costs what the 4 bits have saved.
 MOST_RANK = 256
 
@@ -70,6 +75,22 @@ def notes_on(rows: list[Row]) -> list[str]:
             "of so few are noisy. More calibration text makes them better."
         )
     return found
+
+
+def notes_on_rest(modules: list[Row]) -> list[str]:
+    """What there is to say about the modules of a whole model that stayed as they were: {"name", "scheme", "after"}."""
+    rest = [m for m in modules if m["scheme"] is None]
+    left, whole = sum(m["after"] for m in rest), sum(m["after"] for m in modules)
+    if not whole or left < MUCH_LEFT * whole:
+        return []
+    alike = collapse((m["name"] or "the model itself", (), (m["after"],)) for m in rest)
+    large = sorted((each for each in alike if each[2][0] > WORTH_NAMING * left), key=lambda each: -each[2][0])[:3]
+    text = f"{size(left)} of the {size(whole)} ({100 * left / whole:.0f} %) are not quantized: "
+    text += ", ".join(f"{name} ({size(sums[0])})" for name, _, sums in large)
+    text += ", and others." if len(large) < len(alike) else "."
+    if any(part in name.lower() for name, *_ in large for part in ("embed", "wte")):
+        text += " A rule with `scheme: embedding_w8` makes an embedding four times smaller than float32."
+    return [text + " `qgraft plan` says why each layer stays."]
 
 
 def _of(row: Row, errors: tuple[float, float] | None, sqnrs: tuple[float, float] | None) -> list[Advice]:

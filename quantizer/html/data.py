@@ -17,7 +17,7 @@ from ..checkpoint import REPORT, read_config, read_json
 from ..errors import CheckpointError
 from ..report import LayerReport, Report
 from ..weight_files import read_kinds, weight_files
-from .advice import Advice, advise, notes_on
+from .advice import Advice, advise, notes_on, notes_on_rest
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ class Shown:
 
     def __post_init__(self):
         self.advice = advise(self.rows)
-        self.notes = notes_on(self.rows)
+        self.notes = notes_on(self.rows) + (notes_on_rest(self.modules) if self.whole else [])
 
     @property
     def before(self) -> int:
@@ -64,6 +64,12 @@ class Shown:
         """Indices of the layers there is advice for, the largest weight error first."""
         found = [i for i, items in enumerate(self.advice) if items]
         return sorted(found, key=lambda i: -self.rows[i]["weight_error"])
+
+    @property
+    def rules(self) -> str:
+        """The rules that the advice comes to, one for each layer, as YAML; "" if there are none."""
+        wanted = (next((item.rule for item in self.advice[i] if item.rule), "") for i in self.flagged)
+        return "".join(wanted)
 
     @property
     def worst(self) -> Row | None:
@@ -202,8 +208,8 @@ def _modules_of(rows: list[Row]) -> list[Row]:
 def tree(modules: Iterable[Row]) -> list[Row]:
     """The modules as nodes {"id", "parent", "label", "scheme", "before", "after"} of one tree; only leaves have bytes.
 
-    The root's id is ROOT, as an empty one is none for Vega. A module that has tensors of its own and children too
-    gets a leaf for its own.
+    Each has the "total" of what is in it, [before, after]. The root's id is ROOT, as an empty one is none for Vega. A
+    module that has tensors of its own and children too gets a leaf for its own.
     """
     modules = list(modules)
     if not modules:
@@ -219,11 +225,28 @@ def tree(modules: Iterable[Row]) -> list[Row]:
         node = _node(f"{name}.(own)".lstrip("."), "(own)", name or ROOT) if own else _node(name, name, _above(name))
         sizes = {"scheme": module["scheme"] or FLOAT, "before": module["before"], "after": module["after"]}
         nodes.append({**node, **sizes})
+    by_id = {node["id"]: node for node in nodes}
+    for leaf in nodes[len(inner) :]:
+        node: Row | None = leaf
+        while node is not None:
+            node["total"][0] += leaf["before"]
+            node["total"][1] += leaf["after"]
+            node = by_id.get(node["parent"])
     return nodes
 
 
+def top(nodes: list[Row]) -> str:
+    """The id of the first node of a tree that has more than one module inside: there is something to see."""
+    at = ROOT
+    while True:
+        inside = [node for node in nodes if node["parent"] == at and any(node["total"])]
+        if len(inside) != 1 or "after" in inside[0]:
+            return at
+        at = inside[0]["id"]
+
+
 def _node(name: str, label: str, parent: str | None) -> Row:
-    return {"id": name or ROOT, "parent": parent, "label": label.rpartition(".")[2] or ROOT}
+    return {"id": name or ROOT, "parent": parent, "label": label.rpartition(".")[2] or ROOT, "total": [0, 0]}
 
 
 def _above(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import QGraftError
 from . import figures, rows
-from .data import ROOT, Row, Shown, tree
+from .data import ROOT, Row, Shown, top, tree
 
 Spec = dict[str, Any]
 SUFFIXES = (".svg", ".png", ".pdf")
@@ -58,7 +58,8 @@ def _layers(measure: str) -> Callable:
 
 def _tree(reports: list[Shown], layer: str | None) -> Spec:
     shown = reports[0]
-    return _filled(figures.tree(shown.schemes), tree(shown.modules), f"{shown.name}: holds nothing")
+    nodes = tree(shown.modules)
+    return _filled(figures.tree(shown.schemes, top(nodes)), nodes, f"{shown.name}: holds nothing")
 
 
 def _histogram(which: str, what: str) -> Callable:

@@ -25,6 +25,9 @@
     return made;
   }
 
+  // A line may end after each dot or underscore of a name.
+  const breakable = (name) => name.split(/(?<=[._])/).flatMap((part) => [part, element("wbr")]).slice(0, -1);
+
   let shown = 0; // index of the report
   let other = null; // index of the one beside it
   let chosen = reports[0].rows.length ? reports[0].rows[0].name : null;
@@ -100,6 +103,7 @@
       return down ? -way : way;
     };
     body().append(...[...body().rows].sort(compare));
+    reachable();
   }
 
   function filter() {
@@ -113,12 +117,27 @@
       count += !row.hidden;
     }
     $("#count").textContent = `${count} of ${body().rows.length} layers`;
+    reachable();
   }
 
-  function step(button, by) {
-    const rows = [...body().rows].filter((row) => !row.hidden);
-    const next = rows[rows.indexOf(button.closest("tr")) + by];
-    next?.querySelector("button").focus();
+  const visible = () => [...body().rows].filter((row) => !row.hidden);
+
+  // The tab key stops at one layer of the table, so that 500 are not in the way; arrow keys go on from there.
+  function reachable(wanted) {
+    const rows = visible();
+    const row = wanted ?? rows.find((tr) => tr.classList.contains("chosen")) ?? rows[0];
+    for (const button of $$('button.layer[tabindex="0"]', body())) button.tabIndex = -1;
+    if (row) $("button.layer", row).tabIndex = 0;
+  }
+
+  function step(button, key) {
+    const rows = visible();
+    const at = rows.indexOf(button.closest("tr"));
+    const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: rows.length - 1 }[key];
+    const next = rows[to];
+    if (!next) return;
+    reachable(next);
+    $("button.layer", next).focus();
   }
 
   // -- one layer -------------------------------------------------------------------------------------------------
@@ -133,10 +152,13 @@
       if (is) tr.setAttribute("aria-current", "true");
       else tr.removeAttribute("aria-current");
     }
-    $("#h-layer").textContent = "One layer: " + label(name);
+    reachable();
+    $("#h-layer").replaceChildren("One layer: ", ...breakable(label(name)));
     $("#chosen").value = name;
     $("#advice").replaceChildren(...row.advice.map(advice));
-    $("#facts").replaceChildren(...facts(row).map(([k, v]) => element("div", null, element("dt", k), element("dd", v))));
+    list($("#facts"), facts(row));
+    list($("#gains dl"), Object.entries(row.extra.won ?? {}).map(([what, gain]) => [words(what), signed(gain)]));
+    list($("#options dl"), flat(row.options));
     if (go) {
       $("#layer").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
       $("#h-layer").focus({ preventScroll: true });
@@ -146,7 +168,11 @@
 
   function advice({ what, do: todo, rule }) {
     const made = element("div", null, element("p", `${what}. ${todo}`));
-    if (rule) made.append(element("p", "As the first of the recipe's rules:"), element("pre", rule));
+    if (rule) {
+      const text = element("pre", rule);
+      text.tabIndex = 0; // long lines scroll
+      made.append(element("p", "As the first of the recipe's rules:"), text);
+    }
     return made;
   }
 
@@ -157,12 +183,27 @@
       ["weight error", percent(row.weight_error)],
       ["output SQNR", decibel(row.output_sqnr)],
       ["bytes", `${size(row.bytes_before)} → ${size(row.bytes_after)}`],
-      ["bits a weight", number((8 * row.bytes_after) / (row.in_features * row.out_features))],
-      ["calibration tokens", row.tokens],
-      ["seconds", number(row.seconds)],
+      ["bits a weight", ((8 * row.bytes_after) / (row.in_features * row.out_features)).toFixed(2)],
+      ["calibration tokens", row.tokens.toLocaleString("en")],
+      ["time to quantize", row.seconds.toFixed(2) + " s"],
     ];
-    for (const [key, value] of Object.entries({ ...row.extra, ...row.options })) flatten(key, value, found);
-    return found.map(([key, value]) => [key.replaceAll("_", " "), String(value)]);
+    // The gains have a list of their own, and so have the options.
+    const extra = Object.entries(row.extra).filter(([key, value]) => key !== "won" && value !== row.options?.[key]);
+    return [...found, ...flat(Object.fromEntries(extra))];
+  }
+
+  const words = (key) => key.replaceAll("_", " ");
+  const signed = (gain) => (gain == null ? "-" : (gain > 0 ? "+" : "") + gain.toFixed(2) + " dB");
+
+  function list(place, pairs) {
+    place.replaceChildren(...pairs.map(([k, v]) => element("div", null, element("dt", k), element("dd", v))));
+    if (place.parentNode.hasAttribute("id")) place.parentNode.hidden = place.parentNode.id !== "layer" && !pairs.length;
+  }
+
+  function flat(values) {
+    const found = [];
+    for (const [key, value] of Object.entries(values ?? {})) flatten(key, value, found);
+    return found.map(([key, value]) => [words(key), String(value)]);
   }
 
   function flatten(key, value, into) {
@@ -176,7 +217,7 @@
     const none = "Not recorded. Quantize with --report (in Python: details=True)";
     const later = none + ", or give the float model with --against.";
     $("#c-weights").textContent = weight ? "The axis of shares is logarithmic, so that outliers are seen." : later;
-    $("#c-activations").textContent = input ? aboutInput(input) : row.details ? "No calibration data reached this layer, or it was not kept." : none + " and calibration data.";
+    $("#c-activations").textContent = input ? aboutInput(input) : !row.details ? none + " and calibration data." : row.tokens ? "No sample of the inputs was kept for this layer." : "Not recorded: there was no calibration data for this layer.";
     $("#c-spectrum").textContent = spectrum ? aboutSpectrum(spectrum) : row.details ? "Not a linear layer." : later;
     await draw("weights", specs.weights, weight && bins(weight));
     await draw("activations", specs.activations, input && bins(input));
@@ -184,9 +225,9 @@
   }
 
   function aboutInput(input) {
-    let text = `A sample of ${input.tokens} tokens; the largest value of a token is ${number(input.peak)} times its root mean square`;
+    let text = `A sample of ${input.tokens} tokens; the largest value of a token is ${input.peak.toFixed(1)} times its root mean square`;
     if (input.peak_rounded == null) return text + ". The layer does not round them, or how is not known.";
-    if (input.peak_rounded !== input.peak) text += `, and ${number(input.peak_rounded)} times where it is rounded, after smoothing and rotation`;
+    if (input.peak_rounded !== input.peak) text += `, and ${input.peak_rounded.toFixed(1)} times where it is rounded, after smoothing and rotation`;
     return text + ". “After” is what the layer sees of them.";
   }
 
@@ -209,13 +250,47 @@
       return option;
     }));
     await draw("tree", spec, tree, into);
-    await enter(root);
+    await enter(reports[shown].top);
   }
 
   async function enter(id) {
-    if (!views.tree) return;
     $("#root").value = id;
-    await views.tree.view.signal("root", id).signal("measure", $("input[name=measure]:checked").value).runAsync();
+    const measure = $("input[name=measure]:checked").value;
+    inside(id, measure);
+    if (views.tree) await views.tree.view.signal("root", id).signal("measure", measure).runAsync();
+  }
+
+  const LARGEST = 8; // modules in the list under the tree
+  function inside(id, measure) {
+    const of = measure === "before" ? 0 : 1;
+    const { tree } = reports[shown];
+    const whole = tree.find((node) => node.id === id)?.total[of] || 1;
+    const found = tree.filter((node) => node.parent === id && node.total[of]).sort((a, b) => b.total[of] - a.total[of]);
+    const cell = (text) => Object.assign(element("td", text), { className: "number" });
+    $("#inside caption span").textContent = id;
+    $("#inside tbody").replaceChildren(...found.slice(0, LARGEST).map((node) => {
+      const name = Object.assign(element("th"), { scope: "row" });
+      const button = element("button", null, ...breakable(node.label));
+      button.className = "module";
+      button.dataset.module = node.id;
+      name.append(node.after === undefined || reports[shown].rows.some((row) => label(row.name) === node.id) ? button : node.label);
+      if (node.after !== undefined) name.append(" ", element("small", node.scheme));
+      return element("tr", null, name, cell(size(node.total[0])), cell(size(node.total[1])), cell(((100 * node.total[of]) / whole).toFixed(1) + " %"));
+    }));
+    if (found.length > LARGEST) {
+      const rest = found.slice(LARGEST).reduce((sum, { total }) => [sum[0] + total[0], sum[1] + total[1]], [0, 0]);
+      const name = Object.assign(element("th", `${found.length - LARGEST} more`), { scope: "row" });
+      $("#inside tbody").append(element("tr", null, name, cell(size(rest[0])), cell(size(rest[1])), cell(((100 * rest[of]) / whole).toFixed(1) + " %")));
+    }
+  }
+
+  // From the list: into a module, or to a layer.
+  function open(id) {
+    const node = reports[shown].tree.find((n) => n.id === id);
+    if (node.after === undefined) {
+      enter(id);
+      $("#root").focus();
+    } else choose(id === root ? "" : id, true);
   }
 
   function into({ id }) {
@@ -241,6 +316,7 @@
     for (const header of $$("#table thead th")) header.setAttribute("aria-sort", "none");
     filter();
     $("#f-sqnr").hidden = !report.sqnr.length;
+    $("#diamonds").hidden = !report.flagged;
     const pick = ({ name }) => choose(name === root ? "" : name, true);
     await Promise.all([
       beside(other),
@@ -271,14 +347,16 @@
     // The error of outputs if there is any: between 4 and 8 bits for activations, weights see no difference.
     const measure = pairs.some(([a, b]) => a.output_sqnr && b.output_sqnr) ? "output_sqnr" : "weight_error";
     const scale = measure === "weight_error" ? 100 : 1;
-    const found = pairs.filter(([a, b]) => a[measure] && b[measure]).map(([a, b]) =>
-      ({ name: label(a.name), scheme: a.scheme, a: scale * a[measure], b: scale * b[measure] }));
-    const better = found.filter(({ a, b }) => (measure === "weight_error" ? b < a : b > a)).length;
     const [here, beyond] = [reports[shown], reports[index]];
+    const known = pairs.filter(([a, b]) => a[measure] && b[measure]);
+    const better = known.filter(([a, b]) => (measure === "weight_error" ? b[measure] < a[measure] : b[measure] > a[measure])).length;
+    const order = new Map(here.rows.map(({ name }, i) => [name, i + 1]));
+    const found = known.sort((a, b) => order.get(a[0].name) - order.get(b[0].name)).flatMap((pair) =>
+      pair.map((row, i) => ({ index: order.get(row.name), name: label(row.name), report: [here, beyond][i].name, value: scale * row[measure] })));
     $("#other-name").textContent = beyond.name;
     $("#compared").textContent = `${pairs.length} layers are in both; ${better} of them are better in ${beyond.name} `
       + `(${measure === "weight_error" ? "weight error" : "output SQNR"}), which is ${size(beyond.after)} beside ${size(here.after)}.`;
-    $("#c-compare").textContent = `${measure === "weight_error" ? "Below" : "Above"} the dashed line the other report is better.`;
+    $("#c-compare").textContent = `${measure === "weight_error" ? "Lower" : "Higher"} is better. A line joins the two of a layer; click a point to see it. The table of layers has both.`;
     await draw("compare", specs.compare[measure], found, ({ name }) => choose(name === root ? "" : name, true));
   }
 
@@ -293,13 +371,13 @@
     const button = event.target.closest("button");
     if (!button) return;
     if (button.classList.contains("layer")) choose(button.dataset.layer, true);
+    else if (button.classList.contains("module")) open(button.dataset.module);
     else if (button.closest("#table thead")) sortBy(button.closest("th"));
   });
   $("#table").addEventListener("keydown", (event) => {
-    const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (!by || !event.target.matches("tbody button")) return;
+    if (!["ArrowDown", "ArrowUp", "Home", "End"].includes(event.key) || !event.target.matches("tbody button")) return;
     event.preventDefault();
-    step(event.target, by);
+    step(event.target, event.key);
   });
   $("#filter").addEventListener("input", filter);
   $("#only").addEventListener("change", filter);

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..tables import size
 from . import figures, rows
-from .data import KNOWN, ROOT, Row, Shown, tree
+from .data import KNOWN, ROOT, Row, Shown, top, tree
 from .drawing import converter
 
 MOST_ADVICE = 8
@@ -23,6 +24,8 @@ COLUMNS = [
     ("before", True),
     ("after", True),
 ]
+# What the other report has beside a column, while two are compared.
+COMPARED = {"weight error": "error, other", "output SQNR": "SQNR, other"}
 
 
 def write(reports: list[Shown], path: str | Path) -> None:
@@ -37,6 +40,7 @@ def render(reports: list[Shown]) -> str:
     extra = list(dict.fromkeys(name for shown in reports for name in shown.extra))
     return _template().render(
         reports=reports,
+        compared=COMPARED,
         columns=COLUMNS + [(name.replace("_", " "), True) for name in extra],
         extra=extra,
         root=ROOT,
@@ -62,18 +66,22 @@ def _data(reports: list[Shown]) -> dict[str, Any]:
             "tradeoff": figures.tradeoff(rows.tradeoff_measure(reports)),
         },
         "tradeoff": rows.tradeoff(reports),
-        "reports": [
-            {
-                "name": shown.name,
-                "after": shown.after,
-                "rows": [_row(shown, i) for i in range(len(shown.rows))],
-                "error": rows.layers(shown, "weight_error"),
-                "sqnr": rows.layers(shown, "output_sqnr"),
-                "tree": tree(shown.modules),
-                "spec": figures.tree(shown.schemes),
-            }
-            for shown in reports
-        ],
+        "reports": [_report(shown) for shown in reports],
+    }
+
+
+def _report(shown: Shown) -> dict[str, Any]:
+    nodes = tree(shown.modules)
+    return {
+        "name": shown.name,
+        "after": shown.after,
+        "flagged": bool(shown.flagged),
+        "rows": [_row(shown, i) for i in range(len(shown.rows))],
+        "error": rows.layers(shown, "weight_error"),
+        "sqnr": rows.layers(shown, "output_sqnr"),
+        "tree": nodes,
+        "top": top(nodes),
+        "spec": figures.tree(shown.schemes),
     }
 
 
@@ -109,7 +117,9 @@ def _template() -> Any:
     except ImportError as error:
         raise ImportError(f"reports in HTML need the extra 'report' ({error}): pip install 'qgraft[report]'") from error
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(size=size, percent=percent, decibel=decibel, plain=_plain)
+    environment.filters.update(
+        size=size, percent=percent, decibel=decibel, plain=_plain, breakable=breakable, as_share=as_share, code=_code
+    )
     return environment.from_string(_file("page.html.j2"))
 
 
@@ -119,6 +129,25 @@ def percent(value: float | None) -> str:
 
 def decibel(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} dB"
+
+
+def breakable(name: str) -> Any:
+    """A name that a line may end in after each dot or underscore, escaped."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[._])", name))
+
+
+def _code(text: str) -> Any:
+    """Text with `code` in backticks, escaped."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def as_share(decibels: float) -> str:
+    """The error beside the output that an SQNR stands for: 20 dB are 10 %."""
+    return f"{100 * 10 ** (-decibels / 20):.2g} %"
 
 
 def _plain(value: Any) -> str:

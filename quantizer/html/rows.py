@@ -62,18 +62,18 @@ def tradeoff_measure(reports: list[Shown]) -> str:
 
 
 def compare(a: Shown, b: Shown) -> tuple[str, list[Row]]:
-    """A measure that both reports have, and the rows for `figures.compare` of the layers that are in both.
+    """A measure that both reports have, and the rows for `figures.compare`, two for each layer that is in both.
 
     It is the error of outputs if there is any: between 4 and 8 bits for activations, weights see no difference.
     """
     there = {row["name"]: row for row in b.rows}
     for measure, scale in (("output_sqnr", 1), ("weight_error", 100)):
         found = [
-            {"name": r["name"] or ROOT, "scheme": r["scheme"], "a": scale * r[measure],
-             "b": scale * there[r["name"]][measure]}
-            for r in a.rows
+            {"index": i, "name": r["name"] or ROOT, "report": shown.name, "value": scale * row[measure]}
+            for i, r in enumerate(a.rows, 1)
             if r.get(measure) and there.get(r["name"], {}).get(measure)
-        ]  # fmt: skip
+            for shown, row in ((a, r), (b, there[r["name"]]))
+        ]
         if found:
             break
     return measure, found
