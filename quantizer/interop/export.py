@@ -32,13 +32,9 @@ from ..checkpoint import (
 )
 from ..errors import CheckpointError, some
 from ..kinds import is_linear
-from . import compressed_tensors
+from . import client_limits, compressed_tensors
 
 FORMATS = ("compressed-tensors",)
-# Layers that vLLM fuses, and that must be alike.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Groups that vLLM's fast kernels have.
-VLLM_GROUPS = (None, 32, 64, 128)
 
 
 def export(
@@ -68,14 +64,15 @@ def export(
     if not layers:
         raise CheckpointError("the model has no quantized linear layer: call Quantizer(model).quantize(...) first")
     _check_places(model, layers)
-    settings, tensors = _layers(layers)
-    tensors = _all_tensors(model, tensors)
+    settings, quantized = _layers(layers)
+    tensors = _all_tensors(model, quantized)
     config = model_config(model)
     config["dtype"] = str(model.dtype).removeprefix("torch.")  # that of the float weights, whatever the config had
     untied = bool(getattr(_head(model), "tied_to", ()))
     linears = {name for name, m in model.named_modules(remove_duplicate=False) if is_linear(m)}
     config["quantization_config"] = _quantization_config(settings, linears)
-    _warn(settings, linears, untied)
+    for text in client_limits.of(settings, quantized, linears, untied):
+        warnings.warn(text, stacklevel=2)
     _write(folder, tensors, config, shard_bytes, model, extra_files)
 
 
@@ -158,38 +155,6 @@ def _patterns(names: list[str], linears: set[str]) -> list[str]:
         like_it = [other for other in linears if re.fullmatch(pattern, other)]
         found.append(f"re:{pattern}$" if len(like_it) > 1 and set(like_it) <= set(names) else name)
     return list(dict.fromkeys(found))
-
-
-def _warn(settings: dict[str, dict], linears: set[str], untied: bool) -> None:
-    said = []
-    for fused in FUSED:
-        homes = {name.rpartition(".")[0] for name in linears if name.rpartition(".")[2] in fused}
-        mixed = [
-            join(home, "{" + ",".join(fused) + "}")
-            for home in sorted(homes)
-            if len({repr(settings.get(join(home, leaf))) for leaf in fused if join(home, leaf) in linears}) > 1
-        ]
-        if mixed:
-            said.append(f"vLLM fuses these layers and needs them alike: {some(mixed)}")
-    packed = {name: s["weights"] for name, s in settings.items() if s["format"] == compressed_tensors.PACKED}
-    integers = {name: s["weights"] for name, s in settings.items() if name not in packed}
-    lopsided = [n for n, w in packed.items() if not w["symmetric"]]
-    if lopsided:
-        said.append(
-            "zero points: transformers 5 loads them only with CompressedTensorsConfig(dequantize=True)"
-            + ("" if all(packed[n]["num_bits"] == 4 for n in lopsided) else ", and vLLM has 8-bit weights without only")
-        )
-    if any(not w["symmetric"] for w in integers.values()):
-        said.append("zero points of int8 weights with int8 activations: vLLM has none")
-    sizes = sorted({w["group_size"] for w in packed.values()} - set(VLLM_GROUPS))
-    if sizes:
-        said.append(f"groups of {', '.join(map(str, sizes))}: vLLM's fast kernels have 32, 64 and 128")
-    if untied:
-        said.append(
-            "the output head shared the codes of the embedding; it is written apart (tie_word_embeddings: false)"
-        )
-    for text in said:
-        warnings.warn(text, stacklevel=3)
 
 
 def _write(
