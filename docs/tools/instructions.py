@@ -1,6 +1,6 @@
 """How many instructions the main loop of each 4096 x 4096 GPU kernel takes for a weight, by the compiler for sm_90.
 
-    python docs/tools/instructions.py        # needs Triton, no GPU; a minute or two
+    python docs/tools/instructions.py        # needs Triton, no GPU; about a minute
 
 In brackets: with the codes unpacked by Triton's own operations in place of assembly, where a kernel has both.
 """
@@ -70,6 +70,6 @@ if __name__ == "__main__":
     for kernel in KERNELS:
         cells = []
         for m in (8, 16, 512):
-            plain = cost(kernel, m, asm=False)
-            cells.append(f"{cost(kernel, m):.1f}" + ("" if plain is None else f" ({plain:.1f})"))
+            hand, plain = cost(kernel, m), cost(kernel, m, asm=False)
+            cells.append(f"{hand:.1f}" + ("" if plain in (None, hand) else f" ({plain:.1f})"))
         print(f"{kernel:36}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
