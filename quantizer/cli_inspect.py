@@ -98,8 +98,7 @@ def _owner(tensor: str) -> str:
 def _table(found: dict[str, Any], every: bool) -> Table:
     rows = [layer["report"] for layer in found["layers"] if layer["report"]]
     caption = Report.from_dict({"layers": rows}).summary() if rows else "no report was saved"
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column("layer", overflow="fold", ratio=5)
+    table = tables.layer_table(None, caption)
     table.add_column("shape", no_wrap=True)
     table.add_column("scheme", overflow="fold", ratio=3)
     for column in ("bits", "size", "weight\nerror", "output\nSQNR"):
@@ -112,7 +111,8 @@ def _table(found: dict[str, Any], every: bool) -> Table:
         sums = (layer["bytes"], 1, report.get("weight_error"), report.get("output_sqnr"))
         lines.append((layer["name"] or "(the model)", key, sums))
     for names, key, (size, count, error, sqnr) in tables.collapse(lines, every):
-        table.add_row(
+        tables.add_layer(
+            table,
             names,
             *key,
             tables.size(size),

@@ -11,9 +11,11 @@ from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 from ..recipes import RecipeError
 from .errors import QGraftError
+from .names import unbroken
 
 FAILED = 1
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
@@ -30,10 +32,15 @@ def set_debug(wanted: bool) -> None:
 
 
 def show(*parts: RenderableType) -> None:
-    """Print tables or text on stdout: plain, and 80 columns wide, where that is no terminal."""
+    """Print tables or text on stdout. Where that is no terminal: plain, and 80 columns wide or what names need."""
     console = _Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+    free = not console.is_terminal and "COLUMNS" not in os.environ
     for part in parts:
+        wanted = unbroken(part, console) if free and isinstance(part, Table) else None
+        if wanted is not None:
+            console.width = wanted
         console.print(part)
+        console.width = None
 
 
 def show_json(data: Any) -> None:

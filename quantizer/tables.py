@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..layers import EMBEDDINGS
+from .names import LAYER, Name
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -47,8 +48,7 @@ def plan_table(plan: Plan, every: bool = False) -> Table:
         *plan.notes,
     ]
     title = Text(f"Plan of recipe {plan.recipe.name}", "table.title")
-    table = _table(title, "\n".join(caption))
-    table.add_column("layer", overflow="fold", ratio=5)
+    table = layer_table(title, "\n".join(caption))
     table.add_column("shape", no_wrap=True)
     table.add_column("scheme or reason", overflow="fold", ratio=5)
     table.add_column("bits", justify="right", no_wrap=True)
@@ -62,13 +62,12 @@ def plan_table(plan: Plan, every: bool = False) -> Table:
         key = (shape, what, f"{layer.bits_per_weight:.2f}", shared)
         rows.append((layer.name or "(the model)", key, (layer.bytes_before, layer.bytes_after)))
     for names, (shape, what, bits, shared), sums in collapse(rows, every):
-        _add_row(table, names + shared, shape, what, bits, size(sums[0]), size(sums[1]))
+        add_layer(table, names + shared, shape, what, bits, size(sums[0]), size(sums[1]))
     return table
 
 
 def report_table(report: Report, every: bool = False) -> Table:
-    table = _table("Report", report.summary())
-    table.add_column("layer", overflow="fold", ratio=5)
+    table = layer_table("Report", report.summary())
     table.add_column("scheme", overflow="fold", ratio=3)
     for column in ("weight\nerror", "output\nSQNR", "before", "after", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -76,7 +75,7 @@ def report_table(report: Report, every: bool = False) -> Table:
     for names, (scheme,), sums in collapse([(n, key, (1, *values)) for n, key, values in rows], every):
         count, error, sqnr, before, after, seconds = sums
         decibel = "-" if sqnr is None else f"{sqnr / count:.1f} dB"
-        _add_row(
+        add_layer(
             table,
             names,
             scheme,
@@ -89,15 +88,17 @@ def report_table(report: Report, every: bool = False) -> Table:
     return table
 
 
-def _table(title: str | Text, caption: str) -> Table:
+def layer_table(title: str | Text | None, caption: str) -> Table:
     """Without lines between columns: in 80 columns the names need the room."""
     box, text = SIMPLE_HEAD, Text(caption, "table.caption")
-    return Table(title=title, caption=text, caption_justify="left", box=box, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, caption=text, caption_justify="left", box=box, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(LAYER, overflow="fold", ratio=5)
+    return table
 
 
-def _add_row(table: Table, *cells: str) -> None:
+def add_layer(table: Table, name: str, *cells: str) -> None:
     # As Text, not str: rich would read the "[...]" of a module's name as markup.
-    table.add_row(*map(Text, cells))
+    table.add_row(Name(name), *map(Text, cells))
 
 
 def collapse(rows: Iterable[tuple[str, tuple, tuple]], every: bool = False) -> list[tuple[str, tuple, tuple[Any, ...]]]:
