@@ -20,7 +20,7 @@ from . import entrants, machine, models
 from .accuracy import load, score
 from .yardsticks import SAMPLES, yardsticks
 
-CANDIDATES, RANKS = ("w4a16", "w8a16"), (8, 32)
+CANDIDATES, RANKS = ("w4a16", "w4a16_asym", "w8a16"), (4, 8)
 UNIFORM = ("w4a16", "w4a16 rank=4", "w4a16_asym", "w4a16 rank=8", "w8a16")
 
 
