@@ -1,6 +1,7 @@
 """GGUF files into our layers, against what gguf and transformers make of the same file."""
 
 import math
+import struct
 import warnings
 
 import numpy
@@ -161,6 +162,29 @@ def test_files_that_do_not_fit_are_refused_and_the_model_left_as_it_was(tmp_path
     attempt("has shape .*in the file", path, transformers.LlamaForCausalLM(config).eval())
     (tmp_path / "e.gguf").write_bytes(path.read_bytes()[:40])
     attempt("no readable GGUF file", tmp_path / "e.gguf")
+
+
+@pytest.mark.parametrize(
+    "key, kind, value, message",
+    [
+        ("llama.block_count", "<II", (4, 1 << 31), "block_count 2147483648, where it can be 1 to"),
+        ("llama.block_count", "<If", (6, 2.0), "block_count 2.0, where it can be"),
+        ("attention.head_count", "<II", (4, 0), "head_count 0, where it can be"),
+        ("attention.head_count", "<II", (4, 7), "128 rows, which are not 7 heads"),
+        ("head_count_kv", "<II", (4, 9), "head_count_kv 9, where it can be 1 to 4"),
+        ("llama.block_count", "<II", (99, 1), "no readable GGUF file"),
+    ],
+)
+def test_a_header_with_impossible_numbers_is_refused_at_once(key, kind, value, message, tmp_path):
+    path = write(tmp_path / "a.gguf", lambda leaf: "Q8_0")
+    model = transformers.LlamaForCausalLM(dense(path).config).eval()
+    raw = path.read_bytes()
+    at = raw.index(key.encode()) + len(key)  # the type of the value as uint32, and the value
+    path.write_bytes(raw[:at] + struct.pack(kind, *value) + raw[at + 8 :])
+    with pytest.raises(CheckpointError, match=message):
+        load(path, model=model)
+    with pytest.raises(CheckpointError):
+        load(path)
 
 
 @pytest.mark.models

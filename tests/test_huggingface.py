@@ -74,6 +74,20 @@ def test_a_saved_model_answers_as_before_bit_by_bit(tmp_path, recipe, tied):
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("entry", ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"])
+def test_a_config_that_asks_for_more_than_the_files_hold_builds_nothing(tmp_path, entry, quantize):
+    folder = on_disk(llama(), tmp_path / "model", with_tokenizer=False)
+    if quantize:
+        quantized(folder, tmp_path / "out")
+        folder = tmp_path / "out"
+    assert ModelFolder(folder).skeleton().config.num_hidden_layers == 2
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {entry: 1 << 40}))
+    with pytest.raises(CheckpointError, match=rf"the config says .*{entry} 1099511627776"):
+        ModelFolder(folder).skeleton()
+
+
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
 def test_the_class_is_the_one_that_was_saved(tmp_path, name):
     source = on_disk(bert(name), tmp_path / "float", with_tokenizer=False)

@@ -35,6 +35,7 @@ PERMUTED = ("llama",)
 # Tables that models compute.
 NEEDLESS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 GROUP = 32
+MOST_HEADS = 1 << 16
 # Codes have this many bits. A block is a float16 scale, in Q4_1 a float16 minimum, and the codes of 32 weights.
 BITS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -93,7 +94,7 @@ def _read(path: Path, model: nn.Module) -> dict[str, Entry]:
         raise ImportError("GGUF files need the package gguf: pip install 'qgraft[hf]'") from error
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, KeyError, IndexError) as error:
+    except (ValueError, OSError, KeyError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{path}: no readable GGUF file: {error}") from None
 
     def value(key: str) -> Any:
@@ -101,6 +102,12 @@ def _read(path: Path, model: nn.Module) -> dict[str, Entry]:
         if field is None:
             raise CheckpointError(f"{path}: does not say its {key}")
         return field.contents()
+
+    def count(key: str, most: int) -> int:
+        number = value(f"{architecture}.{key}")
+        if not isinstance(number, int) or not 0 < number <= most:
+            raise CheckpointError(f"{path}: says {architecture}.{key} {number}, where it can be 1 to {most}")
+        return number
 
     architecture = value("general.architecture")
     if architecture not in RENAMED:
@@ -110,10 +117,10 @@ def _read(path: Path, model: nn.Module) -> dict[str, Entry]:
         )
     found = {tensor.name: tensor for tensor in reader.tensors}
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, value(f"{architecture}.block_count"))
-    heads = value(f"{architecture}.attention.head_count")
-    kv_heads = reader.get_field(f"{architecture}.attention.head_count_kv")
-    heads = {"attn_q": heads, "attn_k": heads if kv_heads is None else kv_heads.contents()}
+    names = gguf.get_tensor_name_map(arch, count("block_count", len(found)))
+    heads = {"attn_q": count("attention.head_count", MOST_HEADS)}
+    given = reader.get_field(f"{architecture}.attention.head_count_kv") is not None
+    heads["attn_k"] = count("attention.head_count_kv", heads["attn_q"]) if given else heads["attn_q"]
     entries = {}
     for name in model.state_dict():
         owner, _, leaf = name.rpartition(".")
@@ -121,8 +128,10 @@ def _read(path: Path, model: nn.Module) -> dict[str, Entry]:
         if theirs in found:
             tensor = found.pop(theirs)
             shape = tuple(int(size) for size in reversed(tensor.shape))
-            count = heads.get(theirs.split(".")[-2]) if architecture in PERMUTED else None
-            rows = None if count is None else _rows(shape[0], count)
+            parts = heads.get(theirs.split(".")[-2]) if architecture in PERMUTED else None
+            if parts is not None and shape[0] % (2 * parts):
+                raise CheckpointError(f"{path}: {theirs} has {shape[0]} rows, which are not {parts} heads of two halves")
+            rows = None if parts is None else _rows(shape[0], parts)
             entries[name] = Entry(tensor.data, tensor.tensor_type, shape, rows)
     extra = sorted(found.keys() - set(NEEDLESS))
     if extra:

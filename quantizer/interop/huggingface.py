@@ -26,7 +26,7 @@ from torch import nn
 from ..checkpoint import read_json
 from ..errors import CheckpointError
 from ..loading import load
-from . import foreign
+from . import foreign, plausible
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -153,11 +153,13 @@ class ModelFolder:
     def skeleton(self, dtype: torch.dtype | None = None) -> "PreTrainedModel":
         """The float model in eval mode with its weights on the meta device, where they take no memory.
 
-        Where a model cannot be built so, it is built for real, with random weights.
+        Where a model cannot be built so, it is built for real, with random weights. CheckpointError if it would be
+        larger than the weight files can hold.
         """
         from accelerate import init_empty_weights
 
         cls, options = self.model_class, {"dtype": dtype} if dtype else {}
+        plausible.check_size(self.config, self.path, self.gguf)
         config = copy.deepcopy(self.config)  # building writes the dtype into it
         try:
             # Buffers are made for real: no checkpoint holds those that a model computes when it is built.
