@@ -22,12 +22,24 @@ def complaints(
     order = {path: i for i, path in enumerate(places)}
     faults = [(nearest(places, _path(fault["loc"])), fault) for fault in error.errors(include_url=False)]
     faults.sort(key=lambda pair: order[pair[0]])
+    if _is_something_else(places, faults, known):
+        return [f"{places[()]}: is no recipe: it has none of a recipe's keys ({', '.join(known(()))})"]
     lines = []
     for written, fault in faults[:MAX_PROBLEMS]:
         about, message = _word(fault, _path(fault["loc"]), known)
         prefix = f"{places[written]}: {dotted(about)}" if about else places[written]
         lines.append(f"{prefix}: {message}")
     return first_page(lines, len(faults))
+
+
+def _is_something_else(
+    places: Mapping[KeyPath, str], faults: list[tuple[KeyPath, dict]], known: Callable[[KeyPath], Iterable[str]]
+) -> bool:
+    """Whether of several keys at the top none is one of a recipe, nor nearly one."""
+    keys = {str(path[0]) for path in places if len(path) == 1}
+    extra = [fault["loc"] for _, fault in faults if fault["type"] == "extra_forbidden"]
+    unknown = {str(loc[0]) for loc in extra if len(loc) == 1}
+    return len(keys) > 1 and keys == unknown and not any(did_you_mean(key, known(())) for key in keys)
 
 
 def _path(loc: tuple[str | int, ...]) -> KeyPath:
@@ -44,9 +56,10 @@ def _word(fault: dict, path: KeyPath, known: Callable[[KeyPath], Iterable[str]])
     if kind == "extra_forbidden":
         parent, key = path[:-1], str(path[-1])
         keys = list(known(parent))
-        hint = did_you_mean(key, keys)
+        hint = "" if key == "options" else did_you_mean(key, keys)
         if not hint and "scheme" in keys:
-            hint = f"; options of a scheme stand inside it, as in scheme: {{name: ..., {key}: ...}}"
+            option = "rank: 64" if key == "options" else f"{key}: ..."
+            hint = f"; options of a scheme stand inside it, as in scheme: {{name: ..., {option}}}"
         return parent, f"unknown key {spell(key)}{hint} (known: {', '.join(keys)})"
     if kind == "missing":
         return path[:-1], f"{path[-1]!r} is missing"

@@ -189,6 +189,8 @@ rules:
             "options of a scheme stand inside it, as in scheme: {name: ..., group_size: ...}",
         ),
         ("rules: [{match: a, scheme: b, rank: 8}]", "as in scheme: {name: ..., rank: ...}"),
+        ("rules: [{match: a, scheme: b, options: {rank: 8}}]", "as in scheme: {name: ..., rank: 64}"),
+        ("{architectures: [Llama], hidden_size: 8}", "is no recipe: it has none of a recipe's keys (name,"),
         (
             "rules: [{match: 're:*.up', skip: b}]",
             "not a valid regex: nothing to repeat at position 0; a shell glob goes",
@@ -201,7 +203,7 @@ def test_what_is_wrong_is_said_in_plain_words(text, message):
 
 
 def test_a_file_with_thousands_of_faults_gets_one_page_of_them():
-    found = problems("".join(f"key{i}: 1\n" for i in range(2000)))
+    found = problems("scheme: w8a16\n" + "".join(f"key{i}: 1\n" for i in range(2000)))
     assert len(found) == 51 and found[-1] == "and 1950 more"
 
 
