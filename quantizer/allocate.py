@@ -54,7 +54,7 @@ def allocate(
     Raises RecipeError, PlanError and BudgetError, which names the least possible, before the measurement, and
     CalibrationError if the data does not run. Needs SciPy: pip install 'qgraft[allocate]'.
     """
-    _check_solver()
+    check_solver()
     if group not in ("fused", "none"):
         raise ValueError(f"group is 'fused' or 'none', not {group!r}")
     limit = parse(budget)
@@ -275,7 +275,8 @@ def _pattern(layer: PlannedLayer) -> str:
     return f"re:{re.escape(layer.name)}" if is_special else layer.name
 
 
-def _check_solver() -> None:
+def check_solver() -> None:
+    """ImportError without the extra."""
     try:
         import scipy.optimize  # noqa: F401
     except ImportError:

@@ -61,6 +61,7 @@ def allocate(
                  --calibration t.txt --out mine.yaml
     """
     # Whatever can be refused is refused before the weights are read.
+    allocation.check_solver()
     parse(budget)
     recipes = [load_recipe(name) for name in candidate]
     for path, suffixes in ((out, (".yaml", ".yml")), (as_json, (".json",))):

@@ -37,7 +37,7 @@ def inspect(folder: QuantizedDir, every: Every = False, as_json: Json = False, d
     show(
         f"{folder}: {model}\n"
         f"{len(found['layers'])} quantized layers of {found['bits_per_weight']:.2f} bits per weight\n"
-        f"{tables.size(found['bytes'])} in {len(found['files'])} files, whose checksums are right; "
+        f"{tables.size(found['bytes'])} in {tables.count(len(found['files']), 'file')}, whose checksums are right; "
         f"{100 * share:.0f} % of it is quantized layers",
         _table(found, every),
     )

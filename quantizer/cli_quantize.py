@@ -1,11 +1,14 @@
 """`qgraft plan` and `qgraft quantize`."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.text import Text
 from torch import Tensor, nn
 
 from ..recipes import CalibrationSpec, Recipe, load_recipe
@@ -19,10 +22,12 @@ from .float_files import CannotStream, float_dtype
 from .html.drawing import converter
 from .interop.huggingface import ModelFolder, quiet
 from .interop.huggingface_names import names_of_files
+from .partial import Partial
 from .plan import Plan
 from .quantizer import Quantizer
+from .report import Report
 from .streaming import quantize_files
-from .tables import size
+from .tables import count, size
 
 
 def plan(
@@ -137,9 +142,10 @@ def _quantize(
     if device is not None:
         model = model.to(device)
     quantizer = Quantizer(model)
-    say(f"quantizing {len(planned.todo)} layers" + (f" with {len(data)} sequences of text" if data else ""))
+    with_data = f" with {count(len(data), 'sequence')} of text" if data else ""
+    say(f"quantizing {count(len(planned.todo), 'layer')}{with_data}")
     model = quantizer.quantize(spec, calibration=data, details=report is not None)
-    show(quantizer.report.table())
+    _show(quantizer.report)
     with source.files_to_carry(model, tokenizer) as files:
         save(model, out, extra_files=files)
     say(f"saved {out}")
@@ -163,9 +169,9 @@ def _stream(
     if (dtype or getattr(source.config, "dtype", None) or float_dtype(source.path)) is None:
         raise CannotStream(f"{source} has weights of several types, and its config names none: give --dtype")
     tell = say if ranks.is_first else lambda message: None
-    how = "layer by layer" if data is None else f"block by block, with {len(data)} sequences of text"
+    how = "layer by layer" if data is None else f"block by block, with {count(len(data), 'sequence')} of text"
     tell(f"streaming {source}: {how}, the model is never built")
-    with quiet(bars=False), source.files_to_carry(skeleton) as files:
+    with quiet(bars=False), source.files_to_carry(skeleton) as files, _told_to_go_on(out, tell):
         report = quantize_files(
             source.path,
             recipe,
@@ -179,10 +185,24 @@ def _stream(
             say=tell,
         )
     if ranks.is_first:
-        show(report.table())
+        _show(report)
         if peak := peak_memory():
             say(f"peak memory {size(peak)}")
         say(f"saved {out}")
+
+
+@contextmanager
+def _told_to_go_on(out: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if Partial(out).root.exists():
+            tell("what was done is kept: the same command goes on from there")
+        raise
+
+
+def _show(report: Report) -> None:
+    show(report.table(), *map(Text, report.notes()))
 
 
 def _skeleton(source: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
@@ -199,7 +219,7 @@ def _check(planned: Plan, calibrated: bool) -> None:
     for layer in planned.todo:
         complaint = layer.scheme.needs_data()
         if complaint and not calibrated:
-            raise CalibrationError(f"layer '{layer.label}': {complaint}; give --calibration")
+            raise CalibrationError(f"layer '{layer.label}': {complaint} (--calibration FILE gives some)")
 
 
 def calibration_batches(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class Report:
         worst = max(self.layers, key=lambda r: r.weight_error)
         ratio = f", {before / after:.2f}x" if after else ""
         return (
-            f"{len(self.layers)} layers: {tables.size(before)} -> {tables.size(after)}{ratio}, "
+            f"{tables.count(len(self.layers), 'layer')}: {tables.size(before)} -> {tables.size(after)}{ratio}, "
             f"{sum(r.seconds for r in self.layers):.1f} s; largest weight error "
             f"{100 * worst.weight_error:.2f} % in {worst.name or 'the model'}"
         )
@@ -121,8 +122,15 @@ class Report:
         axes[-1].set_xlabel("quantized layer, in the model's order")
         figure.savefig(path)
 
+    def notes(self) -> list[str]:
+        """What there is to say about the report as a whole, such as that there was no calibration data."""
+        from .html.advice import notes_on
+
+        return notes_on([vars(row) for row in self.layers])
+
     def __str__(self) -> str:
-        return tables.to_text(self.table())
+        notes = (textwrap.fill(note, tables.text_width()) for note in self.notes())
+        return "\n".join([tables.to_text(self.table()), *notes])
 
 
 def measure(

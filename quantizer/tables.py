@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +20,33 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .report import Report
 
+MOST_COLUMNS = 100
 # Attributes of a LayerReport whose sum or mean stands for several layers.
 SUMMED = ("weight_error", "output_sqnr", "bytes_before", "bytes_after", "seconds")
 
 
-def size(count: float) -> str:
+def size(total: float) -> str:
     """Bytes in words: '12.3 MiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
+        if abs(total) < 1024 or unit == "GiB":
+            return f"{total:.0f} B" if unit == "B" else f"{total:.1f} {unit}"
+        total /= 1024
     raise AssertionError("unreachable")
 
 
-def to_text(table: Table, width: int = 100) -> str:
+def count(n: int, what: str) -> str:
+    """'1 layer', '2 layers'."""
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def text_width() -> int:
+    """Columns for plain text: those of the terminal, but no more than are read with ease."""
+    return min(shutil.get_terminal_size((MOST_COLUMNS, 24)).columns, MOST_COLUMNS)
+
+
+def to_text(table: Table) -> str:
     """The table as plain text without colours."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console = Console(file=io.StringIO(), width=text_width(), color_system=None)
     console.print(table)
     return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 
@@ -73,13 +85,13 @@ def report_table(report: Report, every: bool = False) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     rows = [(r.name or "(the model)", (r.scheme,), tuple(getattr(r, s) for s in SUMMED)) for r in report.layers]
     for names, (scheme,), sums in collapse([(n, key, (1, *values)) for n, key, values in rows], every):
-        count, error, sqnr, before, after, seconds = sums
-        decibel = "-" if sqnr is None else f"{sqnr / count:.1f} dB"
+        layers, error, sqnr, before, after, seconds = sums
+        decibel = "-" if sqnr is None else f"{sqnr / layers:.1f} dB"
         add_layer(
             table,
             names,
             scheme,
-            f"{100 * error / count:.2f} %",
+            f"{100 * error / layers:.2f} %",
             decibel,
             size(before),
             size(after),

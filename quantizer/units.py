@@ -97,7 +97,7 @@ def failed(planned: PlannedLayer, error: Exception) -> QuantizeError:
     shape = f"{planned.out_features} x {planned.in_features}"
     return QuantizeError(
         f"layer '{planned.label}' ({planned.scheme_name}, {shape}): {type(error).__name__}: {error}. "
-        "What was done before is kept: the same command goes on from there."
+        "What was done before is kept: when that is mended, the same command goes on from there."
     )
 
 

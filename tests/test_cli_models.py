@@ -132,7 +132,7 @@ def test_calibration_text_reaches_every_kind_of_model(run, tmp_path, model):
 def test_calibration_text_can_come_from_a_pipe(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat sat")))
     code, _, messages = run("quantize", "bert", "-r", "w4a4_svd", "--calibration", "-", "--out", tmp_path / "out")
-    assert code == 0 and "with 1 sequences" in messages
+    assert code == 0 and "with 1 sequence of text" in messages
 
 
 def test_dtype_is_that_of_the_model(run, tmp_path):
@@ -196,6 +196,28 @@ def test_ctrl_c_while_quantizing_leaves_nothing_behind(run, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_after_the_first_layer_says_that_the_same_command_goes_on(run, tmp_path, monkeypatch):
+    real, calls = qgraft.W8A16Linear.quantize, []
+
+    def interrupt(self, *args, **options):
+        calls.append(self)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(qgraft.W8A16Linear, "quantize", interrupt)
+    code, _, err = run("quantize", "llama", "-r", "w8a16", "--out", tmp_path / "out")
+    assert code == 130 and "the same command goes on from there" in err
+    monkeypatch.setattr(qgraft.W8A16Linear, "quantize", real)
+    code, _, err = run("quantize", "llama", "-r", "w8a16", "--out", tmp_path / "out")
+    assert code == 0 and "going on from an interrupted run" in err
+
+
+def test_quantize_without_the_data_that_would_help_says_so(run, tmp_path):
+    out = run("quantize", "llama", "-r", "w4a16", "--out", tmp_path / "out")[1]
+    assert "worked from the weights alone" in " ".join(out.split())
+
+
 # -- allocate ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +248,13 @@ def test_allocate_refuses_before_the_weights_are_read(run, no_weights, tmp_path,
     assert code == 1 and message in messages and not (tmp_path / "mine.yaml").exists()
 
 
+def test_allocate_misses_its_solver_before_the_weights_are_read(run, no_weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    args = ["--budget", "7 bits", "-c", "w8a16", "--calibration", "text.txt", "--out", tmp_path / "mine.yaml"]
+    code, _, messages = run("allocate", "llama", *args)
+    assert code == 1 and "qgraft[allocate]" in messages and "loading" not in messages
+
+
 # -- inspect and eval --------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +270,8 @@ def test_inspect_tells_schemes_bits_sizes_and_errors_from_the_files_alone(run, q
     monkeypatch.setattr(QuantLinear, "__init__", None)  # no layer is built
     code, out, err = run("inspect", "llama-w8a16")
     assert code == 0 and err == ""
-    assert "LlamaForCausalLM" in out and "15 quantized layers of 8.4" in out and "checksums are right" in out
+    assert "LlamaForCausalLM" in out and "15 quantized layers of 8.4" in out
+    assert "in 1 file, whose checksums are right" in out
     assert max(map(len, out.splitlines())) <= 80
     assert run("inspect", "llama-w8a16", "--every")[1].count("w8a16 ") == 15
     found = json.loads(run("inspect", "llama-w8a16", "--json")[1])

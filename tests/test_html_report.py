@@ -280,12 +280,14 @@ def test_the_name_of_the_file_says_its_format(suffix, shown, tmp_path):
         ("weights", 0, "blocks.1.upp", "a.svg", "did you mean 'blocks.1.up'"),
         ("weights", 1, "blocks.1.up", "a.svg", "--against"),
         ("compare", 0, None, "a.svg", "two reports"),
+        ("sqnr", -1, None, "a.svg", "no layer has an output SQNR, which takes calibration data"),
         ("tree", 0, None, "a.gif", r"\.svg, \.png or \.pdf"),
     ],
 )
 def test_what_cannot_be_drawn_says_why(kind, which, layer, name, message, shown, tmp_path):
+    reports = [*shown, data.from_report(Report.of(Quantizer(nn.Linear(32, 32)).quantize("w8a16")))]
     with pytest.raises((drawing.FigureError, CheckpointError), match=message):
-        drawing.draw(kind, [shown[which]], layer, tmp_path / name)
+        drawing.draw(kind, [reports[which]], layer, tmp_path / name)
     assert not (tmp_path / name).exists()
 
 

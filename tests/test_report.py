@@ -25,8 +25,9 @@ def recipe(scheme):
 
 
 def row(name="a", **values):
-    values = {"weight_error": 0.01, "output_sqnr": 30.0, "bytes_before": 2048, "bytes_after": 1024, **values}
-    return LayerReport(name=name, scheme="w8a32", in_features=16, out_features=32, tokens=5, seconds=0.25, **values)
+    usual = {"weight_error": 0.01, "output_sqnr": 30.0, "bytes_before": 2048, "bytes_after": 1024}
+    usual |= {"scheme": "w8a32", "tokens": 5, "seconds": 0.25}
+    return LayerReport(name=name, in_features=16, out_features=32, **usual | values)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -120,6 +121,7 @@ def test_a_report_of_wrong_types_is_refused(change):
 def test_the_summary_adds_bytes_and_names_the_worst_layer():
     report = Report((row("a"), row("b", weight_error=0.2, bytes_after=512)))
     text = report.summary()
+    assert Report((row("a"),)).summary().startswith("1 layer: ")
     assert "2 layers: 4.0 KiB -> 1.5 KiB, 2.67x" in text and "20.00 % in b" in text
     assert Report(()).summary() == "no layer was quantized"
 
@@ -142,6 +144,21 @@ def test_the_table_fits_into_80_columns_with_long_names(capsys):
     Console(width=80).print(Quantizer(model).plan("w8a32").table())
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "query_key_value" in "".join(lines)
+
+
+def test_printed_text_is_as_wide_as_the_terminal_up_to_100_columns(monkeypatch):
+    long = Report(tuple(row(f"{'a' * 90}.{i}.{name}") for i in range(3) for name in ("query", "key")))
+    for columns, width in (("80", 80), ("200", 100)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert width - 5 < max(map(len, str(long).splitlines())) <= width
+
+
+def test_a_printed_report_says_that_calibration_was_forgotten_where_it_helps():
+    text = " ".join(str(Report((row(tokens=0, output_sqnr=None, scheme="w4a4_svd"),))).split())
+    assert "worked from the weights alone" in text and "calibration=..." in text
+    text = str(Report((row(tokens=0, output_sqnr=None, scheme="w8a16"),)))
+    assert "error of the outputs is not known." in text and "weights alone" not in text
+    assert "calibration" not in str(Report((row(tokens=500),)))
 
 
 def test_brackets_in_a_name_or_recipe_are_shown_and_not_read_as_markup():

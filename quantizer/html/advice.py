@@ -14,7 +14,7 @@ import yaml
 
 from ...layers import EMBEDDINGS, SCHEMES
 from ...recipes.match import REGEX
-from ..tables import collapse, size
+from ..tables import collapse, count, size
 
 Row = dict[str, Any]
 
@@ -38,6 +38,12 @@ MOST_RANK = 256
 
 FOUR_BITS = ("w4a4_svd", "w4a8_svd", "w4a16")
 ROUNDS_INPUT = ("w4a4_svd", "w4a8_svd", "w8a8", "w8a8_static")
+# Schemes that data makes no better.
+NO_DATA = ("w8a16", "w8a32", "bitnet")
+BLIND = (
+    ", and schemes that learn from data worked from the weights alone. Quantize with data like the model's own "
+    "(calibration=..., on the command line --calibration)."
+)
 WEIGHT_ERROR, OUTPUT_ERROR = "weight error stands out", "output error stands out"
 
 
@@ -63,15 +69,15 @@ def notes_on(rows: list[Row]) -> list[str]:
     blind = [row for row in linear if not row.get("tokens")]
     if linear and len(blind) == len(linear):
         found.append(
-            "No calibration data was given, so the error of the outputs is not known, and schemes that learn from "
-            "data worked from the weights alone. Quantize with data like the model's own (--calibration)."
+            "No calibration data was given, so the error of the outputs is not known"
+            + ("." if all(row["scheme"] in NO_DATA for row in linear) else BLIND)
         )
     elif blind:
-        found.append(f"The calibration data did not reach {_count(len(blind), 'layer')}: {_some(blind)}.")
+        found.append(f"The calibration data did not reach {count(len(blind), 'layer')}: {_some(blind)}.")
     few = [row for row in linear if 0 < row.get("tokens", 0) < row["in_features"]]
     if few:
         found.append(
-            f"{_count(len(few), 'layer')} saw fewer tokens than they have input features ({_some(few)}): statistics "
+            f"{count(len(few), 'layer')} saw fewer tokens than they have input features ({_some(few)}): statistics "
             "of so few are noisy. More calibration text makes them better."
         )
     return found
@@ -184,10 +190,6 @@ def _spread(rows: list[Row], field: str, scale) -> dict[str, tuple[float, float]
             median = statistics.median(found)
             spread[scheme] = median, 1.4826 * statistics.median(abs(v - median) for v in found)
     return spread
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" + ("" if n == 1 else "s")
 
 
 def _some(rows: list[Row]) -> str:

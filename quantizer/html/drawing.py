@@ -49,9 +49,10 @@ def check_name(path: str | Path) -> None:
         raise FigureError(f"{path}: give a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
-def _layers(measure: str) -> Callable:
+def _layers(measure: str, words: str) -> Callable:
     def figure(reports: list[Shown], layer: str | None) -> Spec:
-        return _filled(figures.layers(measure), rows.layers(reports[0], measure), f"{reports[0].name}: no layer has it")
+        shown = reports[0]
+        return _filled(figures.layers(measure), rows.layers(shown, measure), f"{shown.name}: no layer has {words}")
 
     return figure
 
@@ -93,8 +94,8 @@ def _compare(reports: list[Shown], layer: str | None) -> Spec:
 
 
 KINDS: dict[str, Callable[[list[Shown], str | None], Spec]] = {
-    "error": _layers("weight_error"),
-    "sqnr": _layers("output_sqnr"),
+    "error": _layers("weight_error", "a weight error"),
+    "sqnr": _layers("output_sqnr", "an output SQNR, which takes calibration data to measure"),
     "tree": _tree,
     "weights": _histogram("weight", "weights"),
     "activations": _histogram("input", "activations"),
