@@ -169,7 +169,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def check_config(quantization: Any, file: str | Path) -> dict[str, Any]:
     """The same for one that has been read already; `file` is where from."""
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qgraft":
-        raise CheckpointError(f"{file}: not a qgraft checkpoint (no quantization_config of ours)")
+        why = "no quantization_config of ours"
+        raise CheckpointError(f"{file}: not a qgraft checkpoint ({why}); quantize the model first")
     version = quantization.get("version")
     if type(version) is not int or version != VERSION:
         older = type(version) is int and version < VERSION

@@ -66,6 +66,11 @@ def _built(path: Path, model: nn.Module | Callable[[], nn.Module] | None) -> nn.
     if isinstance(model, nn.Module):
         return model
     if model is None:
+        if path.is_dir() and "model_type" not in read_json(path / CONFIG):
+            raise CheckpointError(
+                f"{path}: its config.json names no model of transformers, so give the float model that it was made "
+                "from, with any weights: load(path, model=...)"
+            )
         from .interop.huggingface import ModelFolder
 
         return ModelFolder(path).skeleton()

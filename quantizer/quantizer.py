@@ -29,7 +29,8 @@ class Quantizer:
 
     def __init__(self, model: nn.Module):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"Quantizer takes an nn.Module, got {type(model).__name__}")
+            hint = "; load the model first, or take `qgraft quantize`" if isinstance(model, str | Path) else ""
+            raise TypeError(f"Quantizer takes an nn.Module, got {type(model).__name__}{hint}")
         self.model = model
 
     @property

@@ -199,6 +199,12 @@ def test_a_skeleton_on_meta_that_computes_buffers_is_refused(tmp_path):
     assert type(model.up) is nn.Linear
 
 
+def test_without_a_model_a_folder_that_is_not_of_transformers_asks_for_one(tmp_path):
+    save(quantized(), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"names no model of transformers.*load\(path, model=\.\.\.\)"):
+        load(tmp_path / "out")
+
+
 def test_a_factory_that_makes_no_module_is_refused(tmp_path):
     save(quantized(), tmp_path / "out")
     with pytest.raises(TypeError, match="returned a dict"):

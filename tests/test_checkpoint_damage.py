@@ -154,7 +154,7 @@ def test_no_folder_an_empty_one_and_a_file_are_no_checkpoints(tmp_path):
         ("9" * 5000, "cannot be read"),
         ("[1]", "no JSON object"),
         ("null", "no JSON object"),
-        ("{}", "no quantization_config of ours"),
+        ("{}", "no quantization_config of ours); quantize the model first"),
         ('{"quantization_config": []}', "no quantization_config of ours"),
         ('{"quantization_config": {"quant_method": "hqq"}}', "no quantization_config of ours"),
         ('{"quantization_config": {"quant_method": "gptq"}}', "bits: None; 2, 4, 8 can be read"),

@@ -50,6 +50,8 @@ def twins(make):
 def test_only_a_module_can_be_quantized():
     with pytest.raises(TypeError, match=r"takes an nn.Module, got dict"):
         Quantizer({"weight": torch.zeros(3, 3)})
+    with pytest.raises(TypeError, match=r"got str; load the model first, or take `qgraft quantize`"):
+        Quantizer("model_dir")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
