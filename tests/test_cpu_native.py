@@ -483,6 +483,19 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_who_waits_at_a_terminal_is_told_for_what(tmp_path, monkeypatch, capsys, terminal):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("QGRAFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with pytest.raises(native.Unavailable):
+        native.build()
+    assert ("compiling the CPU kernels, once" in capsys.readouterr().err) == terminal
+
+
 def test_it_can_be_switched_off_without_a_word(tmp_path):
     done = run_python(CALL, QGRAFT_NATIVE="0", QGRAFT_CACHE=str(tmp_path))
     assert done.stdout.strip() == "True" and not done.stderr and not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -72,6 +73,8 @@ def build(flags: tuple[str, ...] = ()) -> Path:
 
 
 def _compile(command: list[str], target: Path) -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        print("qgraft: compiling the CPU kernels, once for this machine: 20 to 30 seconds", file=sys.stderr, flush=True)
     # Written beside its place and renamed, so that several processes may do this at once.
     handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
