@@ -14,12 +14,14 @@
 # # Quantize a diffusion transformer
 #
 # A diffusion model runs the same transformer some twenty times for one image, on thousands of tokens each. So it is
-# bound by multiplications, and wants *both* sides of its products in few bits: `w4a8_svd`, or `w4a4_svd` where there
-# are units for int4. The transformer here is diffusers' PixArt, small and with random weights, so that it runs
-# anywhere. With a trained one only the next cell changes: `transformer = pipeline.transformer`.
+# bound by multiplications, and wants *both* sides of its products in few bits: `w4a8_svd` or `w4a4_svd`. The
+# transformer here is diffusers' PixArt, small and with random weights, so that it runs anywhere. With a trained one
+# take `transformer = pipeline.transformer`, and the pipeline itself in place of the loop below. In a clone of the
+# repository:
 #
-#     pip install diffusers
-#     jupytext --to ipynb docs/notebooks/quantize_a_diffusion_transformer.py    # then open it in Jupyter
+#     pip install -c constraints.txt '.[diffusers]' jupytext jupyterlab
+#     jupytext --to ipynb docs/notebooks/quantize_a_diffusion_transformer.py
+#     jupyter lab docs/notebooks/quantize_a_diffusion_transformer.ipynb
 
 # %%
 import os

