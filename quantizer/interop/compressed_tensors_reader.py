@@ -15,6 +15,7 @@ from ...kernels.packing import pack_int4
 from ...layers import QuantLinear, SVDQW4A4Linear, SVDQW4A8Linear, W8A8Linear, W8A8StaticLinear
 from .compressed_tensors import INTEGERS, PACKED
 from .compressed_tensors import settings as settings_of
+from .foreign_config import CompressedTensors, Group, Numbers, checked
 from .packed import unpack, words
 from .stored import group_size_for, in_groups, weight_only
 
@@ -33,22 +34,27 @@ class Reader:
 
     def __init__(self, config: Mapping[str, Any]):
         """config: `quantization_config`. Raises ValueError for what cannot be read."""
+        said = checked(CompressedTensors, config)
         for key, what in (
             ("kv_cache_scheme", "a quantized key-value cache"),
             ("transform_config", "rotations of the whole model"),
         ):
-            if config.get(key):
+            if getattr(said, key):
                 raise ValueError(f"it has {what} ({key}), which qgraft does not")
-        sparsity = config.get("sparsity_config") or {}
-        if sparsity.get("format", "dense") != "dense":
-            raise ValueError(f"its weights are sparse ({sparsity['format']}), which qgraft's are not")
-        if config.get("quantization_status", "compressed") != "compressed":
-            raise ValueError(f"its quantization_status is {config['quantization_status']!r}, not 'compressed'")
-        groups = config.get("config_groups")
-        if not isinstance(groups, Mapping) or not groups:
+        if said.sparsity_config and said.sparsity_config.format != "dense":
+            raise ValueError(f"its weights are sparse ({said.sparsity_config.format}), which qgraft's are not")
+        if said.quantization_status != "compressed":
+            raise ValueError(f"its quantization_status is {said.quantization_status!r}, not 'compressed'")
+        if not said.config_groups:
             raise ValueError("it has no config_groups")
-        self.ignore = list(config.get("ignore") or ())
-        self.groups = [_group(name, group, config.get("format")) for name, group in groups.items()]
+        self.ignore = said.ignore or []
+        self.groups = [_group(name, group, said.format) for name, group in said.config_groups.items()]
+        for pattern in (*self.ignore, *(target for group in self.groups for target in group["targets"])):
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
 
     def settings(self, name: str, kinds: Mapping[str, Any]) -> dict[str, Any] | None:
         """The group of a linear layer; None if it stays in float."""
@@ -147,33 +153,30 @@ def _matches(name: str, pattern: str) -> bool:
     return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else pattern in (name, "Linear")
 
 
-def _group(name: str, group: Any, file_format: Any) -> dict[str, Any]:
+def _group(name: str, group: list[str] | Group, file_format: str | None) -> dict[str, Any]:
     """A group with its defaults filled in; ValueError, naming the group, if its layers cannot be read."""
+    where = f"config_groups.{name}"
     if isinstance(group, list):
         if name not in PRESETS:
             raise ValueError(
                 f"config_groups: qgraft has no layer for the preset {name!r} (it has {', '.join(PRESETS)})"
             )
         bits, size, symmetric, activations = PRESETS[name]
-        weights = settings_of(bits, "channel" if size is None else "group", size, symmetric=symmetric)
-        group = {
-            "targets": group,
-            "weights": weights,
-            "input_activations": settings_of(8, "token", None, True) if activations else None,
-        }
-    where = f"config_groups.{name}"
-    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+        group = Group(
+            targets=group,
+            weights=Numbers(**settings_of(bits, "channel" if size is None else "group", size, symmetric=symmetric)),
+            input_activations=Numbers(**settings_of(8, "token", None, True)) if activations else None,
+        )
+    if group.weights is None:
         raise ValueError(f"{where}: no weights are quantized, and nothing else can be read")
-    defaults = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": None, "group_size": None, "dynamic": False}
-    weights = defaults | dict(group["weights"])
+    weights = group.weights.model_dump()
     weights["strategy"] = weights["strategy"] or ("group" if (weights["group_size"] or 0) > 0 else "channel")
-    activations = group.get("input_activations")
-    activations = defaults | dict(activations) if activations else None
-    form = group.get("format") or file_format
+    activations = group.input_activations and group.input_activations.model_dump()
+    form = group.format or file_format
     if form not in (PACKED, INTEGERS, "naive-quantized"):
         form = INTEGERS if activations and weights["num_bits"] == 8 else PACKED
     found = {
-        "targets": list(group.get("targets") or ()),
+        "targets": group.targets,
         "format": PACKED if form == PACKED else INTEGERS,
         "weights": weights,
         "input_activations": activations,
@@ -182,7 +185,7 @@ def _group(name: str, group: Any, file_format: Any) -> dict[str, Any]:
     return found
 
 
-def _check(where: str, group: dict[str, Any], written: Mapping[str, Any]) -> None:
+def _check(where: str, group: dict[str, Any], written: Group) -> None:
     weights, activations = group["weights"], group["input_activations"]
     strategy = weights["strategy"]
     if weights["type"] != "int" or not 2 <= weights["num_bits"] <= 8:
@@ -198,7 +201,7 @@ def _check(where: str, group: dict[str, Any], written: Mapping[str, Any]) -> Non
             raise ValueError(f"{where}: {error}") from None
     if group["format"] == INTEGERS and (weights["num_bits"] != 8 or strategy == "group"):
         raise ValueError(f"{where}: {INTEGERS} can be read with 8 bits and one scale a row")
-    if written.get("output_activations"):
+    if written.output_activations:
         raise ValueError(f"{where}: outputs are quantized (output_activations), which no layer of qgraft does")
     for target in group["targets"]:
         if target == "Embedding":

@@ -130,7 +130,9 @@ def _read(path: Path, model: nn.Module) -> dict[str, Entry]:
             shape = tuple(int(size) for size in reversed(tensor.shape))
             parts = heads.get(theirs.split(".")[-2]) if architecture in PERMUTED else None
             if parts is not None and shape[0] % (2 * parts):
-                raise CheckpointError(f"{path}: {theirs} has {shape[0]} rows, which are not {parts} heads of two halves")
+                raise CheckpointError(
+                    f"{path}: {theirs} has {shape[0]} rows, which are not {parts} heads of two halves"
+                )
             rows = None if parts is None else _rows(shape[0], parts)
             entries[name] = Entry(tensor.data, tensor.tensor_type, shape, rows)
     extra = sorted(found.keys() - set(NEEDLESS))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...layers import QuantLinear
+from .foreign_config import AWQ, GPTQ, checked
 from .packed import unpack, words
 from .stored import group_size_for, in_groups, weight_only
 
@@ -35,11 +36,12 @@ class GPTQReader:
     """See `foreign.Reader`. Layers are quantized that have a `qweight`, whatever the config lists."""
 
     def __init__(self, config: Mapping[str, Any]):
-        self.bits, self.group_size = _bits_and_groups(config, (2, 4, 8))
-        form = config.get("checkpoint_format") or config.get("format") or "gptq"
+        said = checked(GPTQ, config)
+        self.bits, self.group_size = _bits_and_groups(said.bits, said.group_size, (2, 4, 8))
+        form = said.checkpoint_format or said.format or "gptq"
         if form not in ("gptq", "gptq_v2"):
             raise ValueError(f"checkpoint_format {form!r}; gptq and gptq_v2 can be read")
-        for name, rule in (config.get("dynamic") or {}).items():
+        for name, rule in (said.dynamic or {}).items():
             if not name.startswith("-") and isinstance(rule, Mapping) and {"bits", "group_size"} & rule.keys():
                 raise ValueError(f"dynamic: {name!r} gives layers other bits or groups, which is not read yet")
         self.v1 = form == "gptq"
@@ -89,11 +91,16 @@ class AWQReader:
     """See `foreign.Reader`. Layers are quantized that have a `qweight`."""
 
     def __init__(self, config: Mapping[str, Any]):
-        self.bits, self.group_size = _bits_and_groups(config, (4,))
-        version = str(config.get("version", "gemm")).lower()
+        said = checked(AWQ, config)
+        bits, size = (
+            new if new is not None else old
+            for new, old in ((said.bits, said.w_bit), (said.group_size, said.q_group_size))
+        )
+        self.bits, self.group_size = _bits_and_groups(bits, 128 if size is None else size, (4,))
+        version = (said.version or "gemm").lower()
         if version != "gemm":
             raise ValueError(f"version {version!r} of AWQ; gemm can be read")
-        self.zero_point = bool(config.get("zero_point", True))
+        self.zero_point = said.zero_point
 
     def settings(self, name: str, kinds: Mapping[str, Any]) -> dict[str, Any] | None:
         return {} if "qweight" in kinds else None
@@ -124,11 +131,9 @@ def _columns(packed: Tensor) -> Tensor:
     return torch.empty_like(codes).index_copy_(2, torch.tensor(AWQ_ORDER), codes).flatten(1)
 
 
-def _bits_and_groups(config: Mapping[str, Any], known: tuple[int, ...]) -> tuple[int, int | None]:
-    bits = config.get("bits", config.get("w_bit"))
+def _bits_and_groups(bits: int | None, size: int | None, known: tuple[int, ...]) -> tuple[int, int | None]:
     if bits not in known:
         raise ValueError(f"bits: {bits!r}; {', '.join(map(str, known))} can be read")
-    size = config.get("group_size", config.get("q_group_size", 128))
     if size in (-1, 0, None):
         return bits, None
     group_size_for(size)

@@ -26,7 +26,7 @@ def check_size(config: Any, folder: Path, gguf: str | None) -> None:
     """
     where = folder / gguf if gguf else folder
     files = [where] if gguf else sorted(folder.glob("model*.safetensors"))
-    if not files or any(folder.glob("*.bin")) and not gguf:
+    if not files or (any(folder.glob("*.bin")) and not gguf):
         return
     text = config.get_text_config()
     layers = _whole(text, "num_hidden_layers")

@@ -22,7 +22,7 @@ GROUP_SIZES = (256, 128, 64, 32)
 def group_size_for(size: int) -> int:
     """The layer's group size for a file's. Raises ValueError for one that 32 does not divide."""
     for ours in GROUP_SIZES:
-        if size % ours == 0:
+        if size > 0 and size % ours == 0:
             return ours
     raise ValueError(f"groups of {size} features: only multiples of {GROUP_SIZES[-1]} can be held")
 
