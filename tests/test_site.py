@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import qgraft
 
 pytest.importorskip("mkdocs", reason="the site needs the extra `docs`")
 ROOT = Path(qgraft.__file__).parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,37 @@ def test_formulas_are_drawn_without_a_script(site):
 
 def test_quotations_name_their_file(site):
     assert "layers/w8a32.py" in (site / "layers.html").read_text(encoding="utf-8")
+
+
+def test_the_reference_leads_to_the_source(site):
+    for page, file in (("qgraft", "quantizer/quantizer.py"), ("layers", "layers/base.py")):
+        text = (site / "api" / f"{page}.html").read_text(encoding="utf-8")
+        assert f'/blob/main/{file}">{file}</a>' in text
+    links = re.findall(r"/blob/main/([^\"#]+)", "".join(p.read_text(encoding="utf-8") for p in site.rglob("*.html")))
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_pages_are_accessible_and_fit_a_phone_in_light_and_dark(site):
+    playwright = pytest.importorskip("playwright.sync_api")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    asked = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            tab.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else asked.append(r.url))
+            for name in ("index", "w4a4-svd", "numbers"):
+                tab.goto((site / f"{name}.html").as_uri(), wait_until="load")
+                tab.wait_for_timeout(300)
+                assert tab.evaluate("document.documentElement.scrollWidth") <= width, name
+                found = axe.run(tab, options={"resultTypes": ["violations"]}).response["violations"]
+                # Minor ones are the theme's, and tables whose first column needs no title.
+                grave = [v for v in found if v["impact"] in ("serious", "critical")]
+                assert not grave, (name, scheme, [(v["id"], v["nodes"][0]["html"]) for v in grave])
+        browser.close()
+    # Without `make docs` there is no Mermaid beside the pages.
+    assert [url for url in asked if "mermaid" not in url] == []
 
 
 def test_the_search_knows_the_chapters(site):

@@ -28,6 +28,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 
 
 ROOT = Path(__file__).parents[2]
+REPOSITORY = re.search(r"^repo_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 MERMAID = "build/mermaid/*.min.js"  # from `make docs`; the theme looks for one on the page before it asks a CDN
 PACKAGE = ("__init__.py", "functional.py", "kernels", "layers", "quantizer", "recipes")
 
@@ -82,21 +83,47 @@ def on_page_content(content: str, **_: Any) -> str:
     return FORMULA.sub(to_mathml, content)
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    # The theme would ask GitHub for the number of stars; and its search is a dialog without a name.
+    output = output.replace('data-md-component="source"', "")
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+
+
 def public_names() -> str:
     """What the package exports, but for the layers, which have a page of their own."""
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     lists = (node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module not in (None, "layers")]
     exported = {name for node in lists for name in ast.literal_eval(node.value)}
-    names = sorted(exported & {alias.name for node in imports for alias in node.names}, key=str.lower)
-    return "\n".join(f"\n::: qgraft.{name}\n" for name in names)
+    sources = {alias.name: source(alias.name, node.module) for node in imports for alias in node.names}
+    names = sorted(exported & sources.keys(), key=str.lower)
+    return "\n".join(f"\n::: qgraft.{name}\n\n{link(sources[name])}\n" for name in names)
+
+
+def source(name: str, module: str) -> str:
+    """The file that defines a name which a package of ours hands on."""
+    path = module.replace(".", "/")
+    if not (ROOT / path).is_dir():
+        return f"{path}.py"
+    for node in ast.parse((ROOT / path / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and name in {alias.name for alias in node.names}:
+            return source(name, f"{module}.{node.module}")
+    return f"{path}/__init__.py"
+
+
+def link(path: str) -> str:
+    return f"Source: [{path}]({REPOSITORY}/blob/main/{path})"
 
 
 def modules(folder: str, first: str = "") -> str:
     """The modules of a folder, each with its docstring and all that is public in it."""
     names = sorted((path.stem for path in (ROOT / folder).glob("[a-z]*.py")), key=lambda name: (name != first, name))
     return "".join(
-        f"\n## {name}.py\n\n::: qgraft.{folder.replace('/', '.')}.{name}\n    options: {SECTION}\n" for name in names
+        f"\n## {name}.py\n\n{link(f'{folder}/{name}.py')}\n"
+        f"\n::: qgraft.{folder.replace('/', '.')}.{name}\n    options: {SECTION}\n"
+        for name in names
     )
 
 
