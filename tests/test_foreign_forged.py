@@ -14,6 +14,7 @@ from qgraft.quantizer.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
+from forging import damage  # noqa: E402
 from test_compressed_tensors import written_by_the_package  # noqa: E402
 from test_gptq_awq import awq, checkpoint, gptq  # noqa: E402
 
@@ -76,21 +77,6 @@ def test_any_value_anywhere_in_the_quantization_config_is_read_or_refused(name, 
         (tmp_path / "bad" / "config.json").write_text(json.dumps(damaged))
         print(path, inside)  # shown if this one fails
         loads_or_is_refused(tmp_path / "bad", good)
-
-
-def damage(tensor):
-    others = [torch.float32, HALF, torch.int8, torch.int64, torch.bool, torch.uint8, torch.float64]
-    ways = [
-        lambda: tensor.to(random.choice([d for d in others if d != tensor.dtype])),
-        lambda: tensor.flatten()[: max(1, tensor.numel() - 1)].clone(),
-        lambda: tensor[:0].clone(),
-        lambda: tensor.flatten()[0].clone(),
-        lambda: torch.zeros_like(tensor),
-        lambda: torch.full_like(tensor, 2**30 if tensor.dtype in (torch.int32, torch.int64) else 100),
-        lambda: -tensor,
-        lambda: torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else tensor.flip(0),
-    ]
-    return random.choice(ways)()
 
 
 @pytest.mark.parametrize("name", FOLDERS)

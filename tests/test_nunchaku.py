@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import random
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forging import damage
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -512,6 +514,29 @@ def test_a_file_that_does_not_fit_changes_nothing_and_says_what_is_wrong(tmp_pat
     save_file({"a": torch.zeros(1)}, tmp_path / "file.safetensors")
     with pytest.raises(CheckpointError, match="holds no layer of nunchaku"):
         load_nunchaku(tmp_path / "file.safetensors", model)
+
+
+def test_any_damage_of_a_tensor_is_read_or_refused(tmp_path):
+    tensors = {name: t.contiguous() for name, t in published_file(flux(), old=False)[0].items()}
+    model = flux()
+    before = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    codes = [name for name in tensors if name.endswith("qweight")]
+    for i in range(40):
+        leaf = random.choice(codes if i % 4 == 0 else sorted(tensors))
+        changed = dict(tensors)
+        if random.random() < 0.2:
+            del changed[leaf]
+        else:
+            changed[leaf] = damage(tensors[leaf]).contiguous()
+        save_file(changed, tmp_path / "file.safetensors")
+        print(leaf, changed.get(leaf))
+        try:
+            load_nunchaku(tmp_path / "file.safetensors", model)
+        except CheckpointError:
+            assert before == {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+        else:
+            model = flux()
+            before = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
 
 
 def test_names_say_where_the_layers_of_another_model_go(tmp_path):

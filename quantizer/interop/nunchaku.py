@@ -202,9 +202,19 @@ def import_awq(tensors: dict[str, Tensor], shape: tuple[int, int], modulation: b
     Raises ValueError if a zero is no whole multiple of its scale, as the format allows and W4A16Linear does not.
     """
     (n, k), groups = shape, shape[1] // layout.GROUP
-    if n % 4 or k % layout.GROUP or tensors["qweight"].shape != (n // 4, k // 2):
-        raise ValueError(f"qweight {tuple(tensors['qweight'].shape)} is not that of a {n} x {k} layer")
-    codes = _awq_codes(tensors["qweight"])  # (N, K) in 0..15
+    qweight = tensors["qweight"]
+    if n % 4 or k % layout.GROUP or qweight.shape != (n // 4, k // 2) or qweight.dtype != torch.int32:
+        raise ValueError(f"qweight {qweight.dtype} {tuple(qweight.shape)} is not that of a {n} x {k} layer")
+    if modulation and n % k:
+        raise ValueError(f"{n} x {k} is no modulation, which makes whole vectors of {k} features")
+    for name in ("wscales", "wzeros", "bias"):
+        tensor = tensors.get(name)
+        if tensor is None and name != "bias":
+            raise ValueError(f"no AWQ layer: missing {name}")
+        fits = tensor is None or tensor.shape == (n,) if name == "bias" else _has_groups(tensor, groups, n)
+        if not fits or (tensor is not None and not tensor.is_floating_point()):
+            raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} is not that of a {n} x {k} layer")
+    codes = _awq_codes(qweight)  # (N, K) in 0..15
     scale, zero = (tensors[name][:groups].float().t() for name in ("wscales", "wzeros"))  # (N, K / 64)
     _check_positive("wscales", scale)
     center = (-zero / scale).round()
@@ -230,6 +240,10 @@ def import_awq(tensors: dict[str, Tensor], shape: tuple[int, int], modulation: b
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return layer
+
+
+def _has_groups(tensor: Tensor, groups: int, n: int) -> bool:
+    return tensor.ndim == 2 and tensor.shape[0] >= groups and tensor.shape[1] == n
 
 
 def _awq_codes(qweight: Tensor) -> Tensor:
@@ -258,7 +272,9 @@ def _row_major(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tens
     qweight = tensors["qweight"]
     if qweight.ndim != 2 or qweight.dtype != torch.int8:
         raise ValueError(f"qweight must be int8 of two dimensions, got {qweight.dtype} {tuple(qweight.shape)}")
-    (n, half), rank = qweight.shape, tensors["proj_down"].shape[-1]
+    if tensors["proj_down"].ndim != 2:
+        raise ValueError(f"proj_down must have two dimensions, got {tuple(tensors['proj_down'].shape)}")
+    (n, half), rank = qweight.shape, tensors["proj_down"].shape[1]
     k = 2 * half
     if n % layout.TILE or k % layout.TILE or rank % layout.RANK_TILE:
         raise ValueError(f"tiles are of 128 x 128 codes and of rank 16, and this layer is {n} x {k} of rank {rank}")

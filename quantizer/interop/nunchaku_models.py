@@ -111,6 +111,11 @@ def load_nunchaku(
         for name in sorted(expected.keys() & floats.keys())
         if floats[name].shape != expected[name].shape
     ]
+    problems += [
+        f"{name!r} is {floats[name].dtype} in the file, {expected[name].dtype} in the model"
+        for name in sorted(expected.keys() & floats.keys())
+        if floats[name].is_floating_point() != expected[name].is_floating_point()
+    ]
     computed = {name for name, buffer in model.named_buffers() if buffer.is_meta} - state.keys()
     problems += [f"{name!r} is computed when the model is built: build it on CPU, not on meta" for name in computed]
     raise_all(problems, path)
@@ -258,6 +263,8 @@ def _build(
     layers = []
     for i, part in enumerate(parts):
         tensors = stored[part]
+        if tensors["qweight"].ndim != 2:
+            raise ValueError(f"qweight must have two dimensions, got {tuple(tensors['qweight'].shape)}")
         # Only the last of several inputs can be padded.
         columns = 2 * tensors["qweight"].shape[-1] if i + 1 < len(parts) else k - sum(x.in_features for x in layers)
         if "wzeros" in tensors:
@@ -282,4 +289,6 @@ def _fit_bias(layer: QuantLinear, module: nn.Module, name: str) -> None:
             raise ValueError(f"it has a bias, and '{name}' of the model has none")
         layer.bias = None
     elif module.bias is not None and layer.bias is None:
-        layer.bias = nn.Parameter(layer.smooth_factor.new_zeros(layer.out_features, dtype=layer.dtype), False)
+        layer.bias = nn.Parameter(
+            torch.zeros(layer.out_features, dtype=layer.dtype, device=layer.qweight.device), False
+        )
