@@ -37,7 +37,8 @@ def draw(kind: str, reports: list[Shown], layer: str | None, path: str | Path) -
     spec = KINDS[kind](reports, layer)
     vlc = converter()
     about = layer if kind in OF_ONE_LAYER else ", ".join(shown.name for shown in reports[: MANY.get(kind, 1)])
-    spec = {**spec, "title": about or ROOT, "background": "white", "padding": 8}
+    title = {"text": about or ROOT, "subtitle": spec["description"], "anchor": "start", "subtitlePadding": 4}
+    spec = {**spec, "title": title, "background": "white", "padding": 8}
     to = getattr(vlc, f"{'vega' if kind == 'tree' else 'vegalite'}_to_{path.suffix.lower()[1:]}")
     drawn = to(spec, scale=PIXELS) if path.suffix.lower() == ".png" else to(spec)
     path.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)

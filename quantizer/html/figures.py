@@ -201,7 +201,7 @@ def compare(measure: str) -> Spec:
             ],
         },
     }
-    return _lite(f"{title} of each layer in two reports, joined by a line.", layer=[between, points])
+    return _lite("Each layer in two reports, joined by a line.", layer=[between, points])
 
 
 def tree(schemes: list[str], root: str = ROOT) -> Spec:
@@ -219,18 +219,19 @@ def tree(schemes: list[str], root: str = ROOT) -> Spec:
     bytes_ = "datum.total[measure === 'before' ? 0 : 1]"
     full = f"datum.label + ', ' + ({bytes_} < 1048576 ? format({bytes_} / 1024, '.1f') + ' KiB' "
     full += f": format({bytes_} / 1048576, '.1f') + ' MiB')"
-    wide, high = "datum.x1 - datum.x0 - 8", "datum.y1 - datum.y0 > 16"
+    wide, high = "datum.x1 - datum.x0 - 8", "datum.y1 - datum.y0"
     text = f"{wide} > 6.5 * length({full}) ? {full} : {wide} > 6.5 * length(datum.label) ? datum.label : ''"
-    name = {
-        "type": "text",
-        "from": {"data": "groups"},
-        "interactive": False,
-        "aria": False,
-    }
+    name = {"type": "text", "from": {"data": "groups"}, "interactive": False, "aria": False}
     place = {
-        "text": {"signal": f"{high} ? ({text}) : ''"},
+        "text": {"signal": f"{high} > 16 ? ({text}) : ''"},
         "x": {"signal": "datum.x0 + 5"},
         "y": {"signal": "datum.y0 + 5"},
+    }
+    # What is inside of them has its name at the foot, where it is in nobody's way.
+    below = {
+        "text": {"signal": f"{high} > 40 ? ({text}) : ''"},
+        "x": {"signal": "datum.x0 + 5"},
+        "y": {"signal": "datum.y1 - 16"},
     }
     letters = {"fontWeight": {"value": "bold"}, "baseline": {"value": "top"}, "fill": {"value": "#fff"}}
     halo = {"stroke": {"value": "#222"}, "strokeWidth": {"value": 3}, "strokeJoin": {"value": "round"}}
@@ -265,6 +266,7 @@ def tree(schemes: list[str], root: str = ROOT) -> Spec:
             },
             {"name": "leaves", "source": "nodes", "transform": [{"type": "filter", "expr": "datum.size > 0"}]},
             {"name": "groups", "source": "nodes", "transform": [{"type": "filter", "expr": "datum.depth === 1"}]},
+            {"name": "inside", "source": "nodes", "transform": [{"type": "filter", "expr": "datum.depth === 2"}]},
         ],
         "scales": [{"name": "colour", "type": "ordinal", "domain": schemes, "range": colours}],
         "legends": [{"fill": "colour", "orient": "top", "direction": "horizontal", "symbolType": "square"}],
@@ -286,6 +288,8 @@ def tree(schemes: list[str], root: str = ROOT) -> Spec:
                 "encode": {"enter": {"stroke": {"value": "#fff"}, "strokeWidth": {"value": 2}}, "update": box},
             },
             # White letters on a dark rim are read on every colour.
+            {**name, "from": {"data": "inside"}, "encode": {"enter": letters | halo, "update": below}},
+            {**name, "from": {"data": "inside"}, "encode": {"enter": letters, "update": below}},
             {**name, "encode": {"enter": letters | halo, "update": place}},
             {**name, "encode": {"enter": letters, "update": place}},
         ],
