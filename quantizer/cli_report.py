@@ -96,6 +96,10 @@ def plot(
 
 def _read(folders: list[Path], against: Path | None) -> list[data.Shown]:
     reports = [data.read(folder) for folder in folders]
+    names = [shown.name for shown in reports]
+    for shown, folder in zip(reports, folders, strict=True):
+        if names.count(shown.name) > 1:  # a/out and b/out are told apart by their paths
+            shown.name = str(folder)
     if against is not None:
         for shown, folder in zip(reports, folders, strict=True):
             if folder.is_file():

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 
@@ -322,6 +323,15 @@ def test_the_command_writes_the_page_and_the_figures(run, folders, tmp_path):
     ]
     code, _, err = run("plot", folders[0], "--kind", "spectrum", "--layer", "blocks.0.up", "-o", tmp_path / "s.png")
     assert code == 0 and (tmp_path / "s.png").read_bytes().startswith(MAGIC[".png"])
+
+
+def test_reports_of_one_name_are_told_apart_by_their_paths(run, folders, tmp_path):
+    twins = []
+    for parent, folder in zip(("a", "b"), folders, strict=True):
+        twins.append(shutil.copytree(folder, tmp_path / parent / "out"))
+    assert run("report", *twins, "--html", tmp_path / "r.html")[0] == 0
+    reports = Page((tmp_path / "r.html").read_text(encoding="utf-8")).data["reports"]
+    assert [report["name"] for report in reports] == [str(twin) for twin in twins]
 
 
 def test_wrong_usage_is_told_before_anything_is_read(run, tmp_path):
