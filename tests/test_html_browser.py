@@ -160,6 +160,17 @@ def test_a_point_of_the_figure_leads_to_its_layer(opened):
     tab.wait_for_function("document.getElementById('h-layer').textContent.endsWith('layers.0.proj4')")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_hovering_shows_has_the_colours_of_the_page(opened, scheme):
+    tab = opened("two", color_scheme=scheme)
+    tab.locator("#error .mark-symbol path").nth(7).hover(force=True)
+    shown = tab.wait_for_selector("#vg-tooltip-element.visible")
+    assert "model.layers.1.proj0" in shown.inner_text() and "50" in shown.inner_text()
+    assert shown.evaluate("e => getComputedStyle(e).color == getComputedStyle(document.body).color")
+    ground = "getComputedStyle(document.querySelector('.cards > div')).backgroundColor"
+    assert shown.evaluate(f"e => getComputedStyle(e).backgroundColor == {ground}")
+
+
 def test_the_tree_is_entered_by_list_and_by_click(opened):
     tab = opened("two")
     everything = tab.locator("#tree .mark-rect").first.locator("path")

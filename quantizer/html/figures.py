@@ -212,7 +212,7 @@ def tree(schemes: list[str], root: str = ROOT) -> Spec:
     inside = f"root === '{ROOT}' || datum.id === root || indexof(datum.id, root + '.') === 0"
     box = {"x": {"field": "x0"}, "y": {"field": "y0"}, "x2": {"field": "x1"}, "y2": {"field": "y1"}}
     tooltip = (
-        "{layer: datum.id, scheme: datum.scheme, 'MiB before': format(datum.before / 1048576, '.3~f'), "
+        "{module: datum.id, scheme: datum.scheme, 'MiB before': format(datum.before / 1048576, '.3~f'), "
         "'MiB after': format(datum.after / 1048576, '.3~f')}"
     )
     colours = [FLOAT_COLOUR if s == FLOAT else c for s, c in zip(schemes, _enough(schemes), strict=True)]
