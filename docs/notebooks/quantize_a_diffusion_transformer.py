@@ -115,6 +115,9 @@ assert error < 0.15
 
 # %% [markdown]
 # ## Other recipes, side by side
+#
+# Mind which layers a recipe takes. `w8a16` rounds no activation to int8, and comes after `w8a8` all the same: it
+# quantizes every linear layer, while `w8a8` leaves modulations, embedders and the last layer in float as the others do.
 
 # %%
 results = {"w4a8_svd": error}
