@@ -63,7 +63,7 @@ $(VLLM_READY): pyproject.toml constraints.txt requirements-vllm.txt
 	touch $(VLLM_READY)
 
 test-vllm: $(VLLM_READY)
-	$(VLLM)/bin/python -m pytest tests/test_vllm.py
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_plugin.py
 
 docs: $(READY) $(MERMAID)
 	$(BIN)/mkdocs build --strict

@@ -68,16 +68,17 @@ def columns(layer: QuantLinear, part: int, parts: int) -> None:
     layer.out_features //= parts
 
 
-def rows(layer: QuantLinear, part: int, parts: int) -> None:
+def rows(layer: QuantLinear, part: int, parts: int, whole_token: bool = True) -> None:
     """Keep one of `parts` equal parts of the inputs, in place; the bias stays with the first.
 
-    A layer that `needs_largest` gets some features more, for `with_largest`.
+    A layer that `needs_largest` gets some features more, for `with_largest`; without `whole_token` it does not, and
+    takes the scale of what it sees of a token.
     """
     _cut(layer, INPUTS, part, parts)
     layer.in_features //= parts
     if part:
         layer.bias = None
-    if needs_largest(layer):
+    if whole_token and needs_largest(layer):
         _add_features(layer)
 
 

@@ -11,7 +11,7 @@ from ..layers import EMBEDDINGS, QuantLinear
 from .checkpoint import read_config
 from .cli_options import Debug, Device, QuantizedDir
 from .cli_output import UsageError, say
-from .loading import _build
+from .loading import build_layer
 
 
 def warmup(
@@ -50,7 +50,7 @@ def warmup(
     rows = []
     with tqdm(total=len(kinds) * len(counts), desc="warmup", unit="run", disable=not sys.stderr.isatty()) as bar:
         for name in kinds.values():
-            layer = _empty(_build(folder, name, entries[name]), device)
+            layer = _empty(build_layer(folder, name, entries[name]), device)
             for m in counts:
                 bar.set_postfix_str(f"{layer.out_features} x {layer.in_features}, {m} tokens")
                 rows += _warm(layer, m, tune, device)

@@ -109,7 +109,7 @@ def fit(
     entries = quantization["layers"]
     model = _split(path, model, quantization["experts"])
     sites = _check_places(path, model, entries)
-    layers = {name: _build(path, name, entry) for name, entry in entries.items()}
+    layers = {name: build_layer(path, name, entry) for name, entry in entries.items()}
     _check_tensors(path, _expected(path, model, layers), read_kinds(files), quantization["tied"], layers)
     return model, sites, layers
 
@@ -176,7 +176,7 @@ def _times(shape: tuple[Any, Any]) -> str:
     return " x ".join(map(repr, shape))
 
 
-def _build(path: Path, name: str, entry: dict[str, Any]) -> QuantLayer:
+def build_layer(path: Path, name: str, entry: dict[str, Any]) -> QuantLayer:
     """An empty layer on meta, from its entry in the config; its shape is known to be the model's."""
     where = f"{path / CONFIG}: layer {name!r}"
     missing = {"scheme", "options", "dtype", "in_features", "out_features", "bias"} - entry.keys()

@@ -7,39 +7,26 @@ in one, gate and up in one), and for weight-only layers its unpacking, whose pro
 
 import importlib.util
 import json
-import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: make test-vllm", allow_module_level=True)
-os.environ["VLLM_BATCH_INVARIANT"] = "1"  # the path without kernels that want their own packing
 
-import vllm.platforms
-from vllm.platforms.cpu import CpuPlatform
+from vllm_models import FUSED, HEAD, quantized, read_by_vllm, vllm, world
 
-vllm.platforms._current_platform = CpuPlatform()
-import transformers  # noqa: E402
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
-from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config  # noqa: E402
-from vllm.distributed import (  # noqa: E402
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
+# isort: split
+
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     compressed_tensors_wNa16 as wna16,
 )
-from vllm.model_executor.layers.quantization.utils import marlin_utils  # noqa: E402
-from vllm.model_executor.models.llama import LlamaForCausalLM  # noqa: E402
-from vllm.scalar_type import scalar_types  # noqa: E402
+from vllm.model_executor.layers.quantization.utils import marlin_utils
+from vllm.scalar_type import scalar_types
 
-from qgraft import Quantizer, Recipe, export, load_recipe  # noqa: E402
+from qgraft import export, load_recipe
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-HEAD = {"match": "lm_head", "skip": "head"}
 SCHEMES = [
     ({"name": "w8a16"}, "CompressedTensorsWNA16"),
     ({"name": "w8a32"}, "CompressedTensorsWNA16"),
@@ -64,49 +51,9 @@ SCHEMES = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory):
-    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
-        store = tmp_path_factory.mktemp("store") / "store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+def one_process(tmp_path_factory):
+    with world(tmp_path_factory.mktemp("store") / "store"):
         yield
-        cleanup_dist_env_and_memory()
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def quantized(recipe):
-    recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else recipe
-    data = [torch.randint(0, 128, (2, 30)) for _ in range(3)]
-    return Quantizer(llama()).quantize(recipe, calibration=data, progress=False)
-
-
-def read_by_vllm(folder):
-    """vLLM's model of the folder, filled by its own loaders; every parameter of it has to be in the files."""
-    config = VllmConfig(
-        model_config=ModelConfig(
-            model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=64
-        ),
-        device_config=DeviceConfig(device="cpu"),
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with set_current_vllm_config(config):
-            model = LlamaForCausalLM(vllm_config=config)
-            loaded = model.load_weights(load_file(folder / "model.safetensors").items())
-    finally:
-        torch.set_default_dtype(before)
-    # Made from the weights afterwards, and the scales of the cache of keys and values, which nobody quantizes here.
-    others = {n for n, _ in model.named_parameters() if n.endswith("azp_adj") or ".self_attn.attn." in n}
-    assert not {n for n, _ in model.named_parameters()} - others - loaded
-    return model
 
 
 def weight_in_vllm(layer, monkeypatch):
