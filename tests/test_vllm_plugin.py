@@ -174,7 +174,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"layers.1.self_attn.qkv_proj.scale: has shape .* is expected"):
         read_by_vllm(folder)
     save_file({n: t for n, t in tensors.items() if n != name}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="layers.1.self_attn.k_proj.scale' is missing"):
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.k_proj.scale' is missing"):
         finished(read_by_vllm(folder))
     guard = "model.layers.0.mlp.up_proj.weight"
     save_file(tensors | {guard: torch.zeros(256, 128)}, folder / "model.safetensors")
