@@ -25,8 +25,8 @@ class SVDQScheme(Scheme):
         ge=0,
         le=1,
         description="share of the outliers that moves to the other side; none given: by activations what makes the "
-        "least error of the output, searched for each layer; by weights 0.1, which know less (0.5 there takes "
-        "SmolLM2's perplexity from 41 to 70)",
+        "least error of the output, searched for each layer; by weights 0.1, which know less: "
+        "0.5 there is harmful under a rotation",
     )
     rotate: bool = Field(True, description="Hadamard rotation inside each group")
     rotation_signs: Literal["auto", "searched", "random", "none"] = Field(

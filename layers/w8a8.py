@@ -1,8 +1,7 @@
 """W8A8: int8 weights and int8 activations, one exact integer product. The form that int8 units are made for.
 
 With rotate and smooth the product is of x' = (x / s) H and W' = (W diag(s)) H, as in the layers with an SVD branch: one
-channel with outliers sets the step of the whole token, unless they are spread first (33 dB of signal to noise become
-41 to 42 in SmolLM2's layers).
+channel with outliers sets the step of the whole token, unless they are spread first.
 
 Two layers: `w8a8` finds the scale of each token as it comes, `w8a8_static` has one scale and one zero point for all
 activations, from calibration: less work, and less accurate where tokens differ.

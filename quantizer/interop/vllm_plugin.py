@@ -9,7 +9,6 @@ process then keeps its part: the codes of one device, sliced as in layers/shardi
 activations with one scale a token takes the scale of what it sees of the token.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,9 @@ class VLLMConfig(QuantizationConfig):
         config = check_config(config, "config.json")
         if config["experts"]:
             raise CheckpointError(f"split experts ({next(iter(config['experts']))}, ...) are not served by vLLM yet")
-        if config["tied"]:
-            # vLLM ties heads by itself; codes that an embedding shares are refused with it below.
-            tied = [name for name in config["tied"] if name.rpartition(".")[0] in config["layers"]]
-            if tied:
-                raise CheckpointError(f"layers that share codes ({tied[0]}, ...) are not served by vLLM yet")
+        shared = [name for name in config["tied"] if name.rpartition(".")[0] in config["layers"]]
+        if shared:  # a float head that is the embedding is vLLM's own affair
+            raise CheckpointError(f"layers that share codes ({shared[0]}, ...) are not served by vLLM yet")
         return cls(config["layers"])
 
     def get_name(self) -> str:
@@ -163,16 +160,16 @@ def _keep_own(part: QuantLinear, inputs: int, outputs: int, rank: int, ranks: in
     """Of a whole layer, this process's part; k and v may be the same in several processes."""
     if outputs < part.out_features:
         count = part.out_features // outputs
-        _raise(sharding.why_not_columns(part, count))
+        _refuse(sharding.why_not_columns(part, count))
         sharding.columns(part, rank * count // ranks, count)
     if inputs < part.in_features:
-        _raise(sharding.why_not_rows(part, ranks))
+        _refuse(sharding.why_not_rows(part, ranks))
         sharding.rows(part, rank, ranks, whole_token=False)
 
 
-def _raise(problems: str | Iterable[str]) -> None:
-    if problems:
-        raise CheckpointError(f"tensor parallel: {problems}")
+def _refuse(why: str) -> None:
+    if why:
+        raise CheckpointError(f"tensor parallel: {why}")
 
 
 def register() -> None:
