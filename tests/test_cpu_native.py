@@ -518,6 +518,21 @@ def test_a_cache_that_cannot_be_written_is_replaced(tmp_path, monkeypatch):
     assert os.access(native._cache(), os.W_OK)
 
 
+def test_torch_and_no_other_package_gives_its_openmp(monkeypatch):
+    wanted = native._openmp()
+    if not wanted:
+        pytest.skip("torch has no OpenMP library of its own")
+    text = Path("/proc/self/maps").read_text()
+    foreign = "7f00-7f01 r-xp 0 0:0 0  /a/site-packages/sentencepiece.libs/libgomp-6a29c32d.so.1.0.0\n"
+    real = Path.read_text
+
+    def read(self, *args, **options):
+        return foreign + text if str(self) == "/proc/self/maps" else real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert native._openmp() == wanted and "sentencepiece" not in wanted[0]
+
+
 def test_other_systems_are_told_why(monkeypatch):
     monkeypatch.setattr(native.platform, "machine", lambda: "arm64")
     with pytest.raises(native.Unavailable, match="x86-64"):

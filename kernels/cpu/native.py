@@ -1,8 +1,9 @@
 """The native CPU kernels: C++ beside this file, compiled once for this machine by its own compiler.
 
-The first use compiles (20 to 30 seconds, once for a machine and a version of the source) into the user's cache
-folder, as torch.compile and Triton do for theirs. Where that is impossible (no compiler, no AVX2, not Linux on x86)
-the paths in plain torch answer instead, with one warning that says why: right, but slower.
+The first use compiles (half a minute of processor time, file by file on all cores, once for a machine and a version of
+the source) into the user's cache folder, as torch.compile and Triton do for theirs. Where that is impossible (no
+compiler, no AVX2, not Linux on x86) the paths in plain torch answer instead, with one warning that says why: right, but
+slower.
 
 Environment:
     QGRAFT_CACHE     folder of the compiled kernels (default: $XDG_CACHE_HOME/qgraft or ~/.cache/qgraft)
@@ -21,11 +22,12 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden")
-SECONDS = 300  # that a compilation may take
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+SECONDS = 300  # that the compilation of a file may take
 AVX512, VNNI, BF16 = 1, 2, 4
 
 
@@ -60,34 +62,44 @@ def build(flags: tuple[str, ...] = ()) -> Path:
     missing = [flag for flag in ("avx2", "fma", "f16c") if flag not in cpu]
     if missing:
         raise Unavailable(f"this processor lacks {', '.join(missing)}")
-    compiler = _compiler()
-    command = [compiler, *FLAGS, *flags, *_openmp()]
+    compiler, libraries = _compiler(), _openmp()
+    command = [compiler, *FLAGS, *flags]
     sources = sorted(SOURCES.iterdir())
     key = hashlib.sha256()
-    for part in (_version(compiler), *command, " ".join(sorted(cpu)), *(path.read_text() for path in sources)):
+    for part in (_version(compiler), *command, *libraries, " ".join(sorted(cpu)), *(p.read_text() for p in sources)):
         key.update(part.encode() + b"\0")
     target = _cache() / f"kernels-{key.hexdigest()[:20]}.so"
     if not target.exists():
-        _compile([*command, str(SOURCES / "kernels.cpp")], target)
+        _compile(command, libraries, target)
     return target
 
 
-def _compile(command: list[str], target: Path) -> None:
+def _compile(command: list[str], libraries: list[str], target: Path) -> None:
     if sys.stderr is not None and sys.stderr.isatty():
-        print("qgraft: compiling the CPU kernels, once for this machine: 20 to 30 seconds", file=sys.stderr, flush=True)
-    # Written beside its place and renamed, so that several processes may do this at once.
-    handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
-    os.close(handle)
+        print("qgraft: compiling the CPU kernels, once for this machine: 10 to 30 seconds", file=sys.stderr, flush=True)
     try:
-        done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True, timeout=SECONDS)
-        if done.returncode:
-            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-            raise Unavailable(f"`{command[0]}` could not compile them: {complaint}")
-        os.replace(unfinished, target)
+        # Linked beside its place and renamed, so that several processes may do this at once.
+        with tempfile.TemporaryDirectory(prefix=".kernels-", dir=target.parent) as folder:
+            files = sorted(SOURCES.glob("*.cpp"))
+            objects = [str(Path(folder) / f"{file.stem}.o") for file in files]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = [[*command, "-c", str(file), "-o", made] for file, made in zip(files, objects, strict=True)]
+                list(pool.map(_run, jobs))
+            unfinished = Path(folder) / target.name
+            _run([*command, "-shared", *objects, *libraries, "-o", str(unfinished)])
+            os.replace(unfinished, target)
+    except OSError as error:
+        raise Unavailable(f"they cannot be written: {error}") from error
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"`{command[0]}` could not be run: {error}") from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    if done.returncode:
+        complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise Unavailable(f"`{command[0]}` could not compile them: {complaint}")
 
 
 def _compiler() -> str:
@@ -117,14 +129,19 @@ def _cpu_flags() -> set[str]:
 def _openmp() -> list[str]:
     """Options that link against the OpenMP library which torch has loaded: a second one would bring threads of its own,
     beside torch's and deaf to torch.set_num_threads."""
-    import torch  # noqa: F401  (loads its OpenMP library)
+    import torch  # loads its OpenMP library
 
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return []
-    found = re.search(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*)", maps)
-    return [found[1], f"-Wl,-rpath,{Path(found[1]).parent}"] if found else []
+    found = re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*)", maps)
+    if not found:
+        return []
+    # Other packages bring one as well, in a folder called after them: sentencepiece.libs, say.
+    home = str(Path(torch.__file__).parent)
+    best = min(found, key=lambda path: (not path.startswith(home), ".libs/" in path))
+    return [best, f"-Wl,-rpath,{Path(best).parent}"]
 
 
 def _cache() -> Path:
@@ -141,7 +158,7 @@ def _cache() -> Path:
 
 
 _SHORT = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}
-# Arguments of each function of kernels.cpp, in order: pointers, 32-bit and 64-bit integers.
+# Arguments of each function of csrc/*.cpp, in order: pointers, 32-bit and 64-bit integers.
 _SIGNATURES = {
     "qg_features": "",
     "qg_w8": "pi pp pi pi lll",

@@ -123,4 +123,9 @@ int prepare_w4a16(const Rows& x, const float* smooth_factor, int64_t padded, int
   });
 }
 
+#if QG_BF16
+// Up to STRIP_TOKENS tokens in bfloat16; in w4a16_few.cpp.
+int w4a16_few(const W4A16<Bfloat16>& layer, const Rows& x, const float* smooth_factor, bool rotate);
+#endif
+
 }  // namespace qg

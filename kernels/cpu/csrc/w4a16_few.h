@@ -60,7 +60,7 @@ inline int prepare_w4a16_few(const Rows& x, const float* smooth_factor, int64_t 
   });
 }
 
-inline int w4a16_few(const W4A16<Bfloat16>& layer, const Rows& x, const float* smooth_factor, bool rotate) {
+int w4a16_few(const W4A16<Bfloat16>& layer, const Rows& x, const float* smooth_factor, bool rotate) {
   const int64_t padded = layer.padded, length = round_up(padded, FEW_STEP);
   const Memory<bf16> act(x.m * length);
   if (!act.data || prepare_w4a16_few(x, smooth_factor, padded, layer.group_size, rotate, length, act.data)) return 1;
