@@ -75,16 +75,22 @@ class Stats:
         return _total(self._moment_sums) / self.tokens if self._moment_sums else None
 
     @property
+    def drifts(self) -> bool:
+        """Whether the inputs were other than the float model's."""
+        return any(drift.any().item() for drift in self._drift_sums.values())
+
+    @property
     def drift_moment(self) -> Tensor | None:
         """(K, K) float32: the mean of (exact - x)^T x; None unless sequential calibration has both."""
         return _total(self._drift_sums) / self.tokens if self._drift_sums else None
 
     @property
-    def halves(self) -> list[tuple[Tensor, Tensor]]:
-        """(second_moment, drift_moment) of either half of the data; empty if one of them has no tokens."""
+    def halves(self) -> list[tuple[Tensor, Tensor, int]]:
+        """The sums of x^T x and of (exact - x)^T x, and their tokens, of either half of the data; empty if one of them
+        has no tokens. Sums, because their means would be four large matrices more."""
         if len(self._tokens_of) < 2 or not self._drift_sums:
             return []
-        return [(self._moment_sums[half] / n, self._drift_sums[half] / n) for half, n in self._tokens_of.items()]
+        return [(self._moment_sums[half], self._drift_sums[half], n) for half, n in self._tokens_of.items()]
 
 
 def _sum_of(sums: dict[int, Tensor], half: int, x: Tensor) -> Tensor:

@@ -41,14 +41,14 @@ def graft(
 
 def _compensated(module: nn.Module, stats: Stats | None) -> nn.Module:
     """The module, or a linear layer in its place that makes up for what the layers before it lost."""
-    if stats is None or (drift := stats.drift_moment) is None or not drift.any():
+    if stats is None or not stats.drifts:
         return module
     linear = as_linear(module)
     weight = linear.weight.detach()
     damping = search_damping(weight, stats.halves)
     if damping is None:
         return module
-    weight = compensate(weight, stats.second_moment, drift, damping)
+    weight = compensate(weight, stats.second_moment, stats.drift_moment, damping)
     other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     other.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
     other.bias = linear.bias

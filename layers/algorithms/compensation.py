@@ -34,35 +34,38 @@ def compensate(weight: Tensor, second_moment: Tensor, drift_moment: Tensor, damp
 
 
 def correction(change: Tensor, second_moment: Tensor, damping: float) -> Tensor:
-    """change W D (N, K) -> W D (H + damping)^-1, or zeros where H is no help."""
+    """change W D (N, K) -> W D (H + damping)^-1, or zeros where H is no help. D and H may be sums over tokens: their
+    number cancels out."""
     ridge = damping * second_moment.diagonal().mean()
     if ridge <= 0:
         return torch.zeros_like(change)
     damped = second_moment.clone()
     damped.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    failed = torch.empty((), dtype=torch.int32, device=damped.device)
+    torch.linalg.cholesky_ex(damped, out=(damped, failed))
     if failed:  # not even the ridge makes it positive
         return torch.zeros_like(change)
-    return torch.cholesky_solve(change.t(), factor).t()
+    return torch.cholesky_solve(change.t(), damped).t()
 
 
-def search_damping(weight: Tensor, halves: list[tuple[Tensor, Tensor]]) -> float | None:
+def search_damping(weight: Tensor, halves: list[tuple[Tensor, Tensor, int]]) -> float | None:
     """The damping of DAMPINGS with which each half of the data foretells the other best; None if leaving the weight as
     it is does better. Without two halves, USUAL.
 
-    weight (N, K) float; halves: (second_moment, drift_moment) of each.
+    weight (N, K) float; halves: the sums that are H and D when divided by tokens, and the tokens, of each.
     """
     if len(halves) < 2:
         return USUAL
     rows = weight[torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()].float()
-    changes = [rows @ drift for _, drift in halves]
+    changes = [rows @ drift for _, drift, _ in halves]
 
     def error(damping: float) -> float:
         """By how much the squared error of the output grows over that of the weight as it is; negative is better."""
         total = 0.0
         for fit, test in ((0, 1), (1, 0)):
             step = correction(changes[fit], halves[fit][0], damping)
-            total += ((step @ halves[test][0] - 2 * changes[test]) * step).sum().item()
+            moment, _, tokens = halves[test]
+            total += ((step @ moment - 2 * changes[test]) * step).sum().item() / tokens
         return total
 
     at = DAMPINGS.index(USUAL)

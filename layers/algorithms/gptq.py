@@ -60,11 +60,14 @@ def _inverse_factor(second_moment: Tensor) -> Tensor:
     mean = diagonal.mean().clamp_min(1e-12)
     damping = DAMPING
     for _ in range(DAMPING_TRIES):
-        damped = second_moment.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # In place: for wide layers these matrices are larger than all the rest.
+        lower, failed = second_moment.clone(), torch.zeros((), dtype=torch.int32, device=second_moment.device)
+        lower.diagonal().add_(damping * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            upper = torch.cholesky_inverse(lower)
+            del lower
+            torch.linalg.cholesky_ex(upper, upper=True, out=(upper, failed))
             if not failed and torch.isfinite(upper).all():
                 return upper
         damping *= 4
