@@ -96,12 +96,18 @@ class Report:
         before, after = (sum(getattr(r, a) for r in self.layers) for a in ("bytes_before", "bytes_after"))
         if not self.layers:
             return "no layer was quantized"
-        worst = max(self.layers, key=lambda r: r.weight_error)
+        # With data, weights are chosen for the error of the output; that of the weights may then be large for good.
+        seen = [r for r in self.layers if r.output_sqnr is not None]
+        if seen:
+            worst = min(seen, key=lambda r: r.output_sqnr)
+            how = f"lowest output SQNR {worst.output_sqnr:.1f} dB"
+        else:
+            worst = max(self.layers, key=lambda r: r.weight_error)
+            how = f"largest weight error {100 * worst.weight_error:.2f} %"
         ratio = f", {before / after:.2f}x" if after else ""
         return (
             f"{tables.count(len(self.layers), 'layer')}: {tables.size(before)} -> {tables.size(after)}{ratio}, "
-            f"{sum(r.seconds for r in self.layers):.1f} s; largest weight error "
-            f"{100 * worst.weight_error:.2f} % in {worst.name or 'the model'}"
+            f"{sum(r.seconds for r in self.layers):.1f} s; {how} in {worst.name or 'the model'}"
         )
 
     def plot(self, path: str | Path) -> None:

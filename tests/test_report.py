@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,11 @@ def test_a_report_of_wrong_types_is_refused(change):
 def test_the_summary_adds_bytes_and_names_the_worst_layer():
     report = Report((row("a"), row("b", weight_error=0.2, bytes_after=512)))
     text = report.summary()
+    assert "lowest output SQNR 30.0 dB in a" in text, "with data, the output counts"
+    worse = Report((row("a"), row("b", output_sqnr=12.5), row("c", output_sqnr=None)))
+    assert "lowest output SQNR 12.5 dB in b" in worse.summary()
+    blind = Report(tuple(replace(r, output_sqnr=None) for r in report.layers))
+    text = blind.summary()
     assert Report((row("a"),)).summary().startswith("1 layer: ")
     assert "2 layers: 4.0 KiB -> 1.5 KiB, 2.67x" in text and "20.00 % in b" in text
     assert Report(()).summary() == "no layer was quantized"
