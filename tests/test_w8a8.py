@@ -55,7 +55,8 @@ def test_it_equals_its_own_formula_in_float64(cls, zero_point, dtype):
         # A value that float32 puts on the other side of a rounding tie moves its row by one step; that is rare.
         assert error.median() < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
         assert (error > 1e-2).sum() == 0
-        assert relative(layer(x), linear(x)) < 0.02
+        # A value beyond the static range is cut off, and with one token it may be most of the error.
+        assert relative(layer(x), linear(x)) < (0.06 if cls is W8A8StaticLinear else 0.02)
 
 
 @pytest.mark.parametrize("cls", [W8A8Linear, W8A8StaticLinear])
