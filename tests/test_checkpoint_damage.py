@@ -157,7 +157,7 @@ def test_no_folder_an_empty_one_and_a_file_are_no_checkpoints(tmp_path):
         ("{}", "no quantization_config of ours); quantize the model first"),
         ('{"quantization_config": []}', "no quantization_config of ours"),
         ('{"quantization_config": {"quant_method": "hqq"}}', "no quantization_config of ours"),
-        ('{"quantization_config": {"quant_method": "gptq"}}', "bits: field required"),
+        ('{"quantization_config": {"quant_method": "gptq"}}', "bits: None; 2, 4, 8 can be read"),
     ],
 )
 def test_a_config_that_is_none_is_named(one, text, words):

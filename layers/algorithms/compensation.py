@@ -16,6 +16,8 @@ of the data says is tried on the other.
 import torch
 from torch import Tensor
 
+from .cholesky import factor_in_place
+
 DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 USUAL = 1.0  # where there is nothing to try it on
 ROWS = 512  # of the weight, to try on
@@ -41,9 +43,7 @@ def correction(change: Tensor, second_moment: Tensor, damping: float) -> Tensor:
         return torch.zeros_like(change)
     damped = second_moment.clone()
     damped.diagonal().add_(ridge)
-    failed = torch.empty((), dtype=torch.int32, device=damped.device)
-    torch.linalg.cholesky_ex(damped, out=(damped, failed))
-    if failed:  # not even the ridge makes it positive
+    if not factor_in_place(damped):  # not even the ridge makes it positive
         return torch.zeros_like(change)
     return torch.cholesky_solve(change.t(), damped).t()
 

@@ -7,6 +7,7 @@ that are fixed beforehand (static groups), so that the order costs nothing at in
 import torch
 from torch import Tensor
 
+from .cholesky import factor_in_place
 from .rounding import round_int4
 
 BLOCK = 128
@@ -60,15 +61,12 @@ def _inverse_factor(second_moment: Tensor) -> Tensor:
     mean = diagonal.mean().clamp_min(1e-12)
     damping = DAMPING
     for _ in range(DAMPING_TRIES):
-        # In place: for wide layers these matrices are larger than all the rest.
-        lower, failed = second_moment.clone(), torch.zeros((), dtype=torch.int32, device=second_moment.device)
+        lower = second_moment.clone()
         lower.diagonal().add_(damping * mean)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not failed:
+        if factor_in_place(lower):
             upper = torch.cholesky_inverse(lower)
             del lower
-            torch.linalg.cholesky_ex(upper, upper=True, out=(upper, failed))
-            if not failed and torch.isfinite(upper).all():
+            if factor_in_place(upper, upper=True) and torch.isfinite(upper).all():
                 return upper
         damping *= 4
     raise GPTQError(

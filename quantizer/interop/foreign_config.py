@@ -7,7 +7,7 @@ Entries that are not named here are of no consequence for reading, and pass.
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 
 class _Entry(BaseModel):
@@ -51,23 +51,22 @@ class CompressedTensors(_Entry):
     sparsity_config: Sparsity | None = None
 
 
-class GPTQ(_Entry):
-    """group_size: -1 for one group a row. dynamic: of GPTQModel, rules for layers by name."""
+class _Words(_Entry):
+    """Codes in words of 32 bits; w_bit and q_group_size are AutoAWQ's names. group_size: -1 for one group a row."""
 
-    bits: int
-    group_size: int | None = 128
+    bits: int | None = Field(None, validation_alias=AliasChoices("bits", "w_bit"))
+    group_size: int | None = Field(128, validation_alias=AliasChoices("group_size", "q_group_size"))
+
+
+class GPTQ(_Words):
+    """dynamic: of GPTQModel, rules for layers by name."""
+
     checkpoint_format: str | None = None
     format: str | None = None
     dynamic: dict[str, Any] | None = None
 
 
-class AWQ(_Entry):
-    """With the older names w_bit and q_group_size."""
-
-    bits: int | None = None
-    w_bit: int | None = None
-    group_size: int | None = None
-    q_group_size: int | None = None
+class AWQ(_Words):
     version: str | None = None
     zero_point: bool = True
 

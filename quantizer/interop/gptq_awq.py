@@ -37,7 +37,7 @@ class GPTQReader:
 
     def __init__(self, config: Mapping[str, Any]):
         said = checked(GPTQ, config)
-        self.bits, self.group_size = _bits_and_groups(said.bits, said.group_size, (2, 4, 8))
+        self.bits, self.group_size = _bits_and_groups(said, (2, 4, 8))
         form = said.checkpoint_format or said.format or "gptq"
         if form not in ("gptq", "gptq_v2"):
             raise ValueError(f"checkpoint_format {form!r}; gptq and gptq_v2 can be read")
@@ -92,11 +92,7 @@ class AWQReader:
 
     def __init__(self, config: Mapping[str, Any]):
         said = checked(AWQ, config)
-        bits, size = (
-            new if new is not None else old
-            for new, old in ((said.bits, said.w_bit), (said.group_size, said.q_group_size))
-        )
-        self.bits, self.group_size = _bits_and_groups(bits, 128 if size is None else size, (4,))
+        self.bits, self.group_size = _bits_and_groups(said, (4,))
         version = (said.version or "gemm").lower()
         if version != "gemm":
             raise ValueError(f"version {version!r} of AWQ; gemm can be read")
@@ -131,10 +127,10 @@ def _columns(packed: Tensor) -> Tensor:
     return torch.empty_like(codes).index_copy_(2, torch.tensor(AWQ_ORDER), codes).flatten(1)
 
 
-def _bits_and_groups(bits: int | None, size: int | None, known: tuple[int, ...]) -> tuple[int, int | None]:
-    if bits not in known:
-        raise ValueError(f"bits: {bits!r}; {', '.join(map(str, known))} can be read")
-    if size in (-1, 0, None):
-        return bits, None
-    group_size_for(size)
-    return bits, size
+def _bits_and_groups(said: GPTQ | AWQ, known: tuple[int, ...]) -> tuple[int, int | None]:
+    if said.bits not in known:
+        raise ValueError(f"bits: {said.bits!r}; {', '.join(map(str, known))} can be read")
+    if said.group_size in (-1, 0, None):
+        return said.bits, None
+    group_size_for(said.group_size)
+    return said.bits, said.group_size

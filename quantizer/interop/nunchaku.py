@@ -207,13 +207,16 @@ def import_awq(tensors: dict[str, Tensor], shape: tuple[int, int], modulation: b
         raise ValueError(f"qweight {qweight.dtype} {tuple(qweight.shape)} is not that of a {n} x {k} layer")
     if modulation and n % k:
         raise ValueError(f"{n} x {k} is no modulation, which makes whole vectors of {k} features")
-    for name in ("wscales", "wzeros", "bias"):
-        tensor = tensors.get(name)
-        if tensor is None and name != "bias":
-            raise ValueError(f"no AWQ layer: missing {name}")
-        fits = tensor is None or tensor.shape == (n,) if name == "bias" else _has_groups(tensor, groups, n)
-        if not fits or (tensor is not None and not tensor.is_floating_point()):
-            raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} is not that of a {n} x {k} layer")
+    missing = sorted(AWQ - tensors.keys())
+    if missing:
+        raise ValueError(f"no AWQ layer: missing {', '.join(missing)}")
+    fits = {name: _has_groups(tensors[name], groups, n) for name in ("wscales", "wzeros")}
+    if tensors.get("bias") is not None:
+        fits["bias"] = tensors["bias"].shape == (n,)
+    for name, right in fits.items():
+        if not right or not tensors[name].is_floating_point():
+            got = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
+            raise ValueError(f"{name} {got} is not that of a {n} x {k} layer")
     codes = _awq_codes(qweight)  # (N, K) in 0..15
     scale, zero = (tensors[name][:groups].float().t() for name in ("wscales", "wzeros"))  # (N, K / 64)
     _check_positive("wscales", scale)

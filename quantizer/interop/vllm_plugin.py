@@ -115,8 +115,8 @@ class VLLMLinearMethod(LinearMethodBase):
         if layer.qgraft_waiting:
             index, leaf = min(layer.qgraft_waiting)
             raise CheckpointError(f"{join(self.entries[index][0], leaf)!r} is missing in the files")
-        for name in [name for name, p in layer.named_parameters(recurse=False) if hasattr(p, "weight_loader")]:
-            if name != "bias":
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if isinstance(getattr(parameter, "weight_loader", None), _Loader):
                 delattr(layer, name)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
