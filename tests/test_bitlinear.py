@@ -212,7 +212,7 @@ def test_the_output_has_the_size_of_its_input_and_zero_gives_zero():
     layer, x = BitLinear(512, 256), torch.randn(64, 512)
     full = torch.nn.functional.linear(x, layer.weight)
     assert layer(x).std().item() == pytest.approx(full.std().item(), rel=0.35)
-    torch.testing.assert_close(layer(10 * x), 10 * layer(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer(8 * x), 8 * layer(x))  # a power of two: no rounding that could tip a code
     assert layer(torch.zeros(3, 512)).abs().max() == 0
 
 
