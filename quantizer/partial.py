@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +47,9 @@ class Partial:
     def __init__(self, path: Path):
         self.path = path.resolve()
         self.root = self.path.with_name(f".{self.path.name}.partial")
-        self.job, self.parts, self.checkpoint = (self.root / n for n in ("job.json", "parts", "checkpoint"))
+        self.job, self.parts, self.checkpoint, self.lock = (
+            self.root / name for name in ("job.json", "parts", "checkpoint", "lock")
+        )
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -56,7 +58,7 @@ class Partial:
         After an error the folder is gone if there was nothing in it worth keeping.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / "lock", timeout=0)
+        lock = FileLock(self.lock, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -73,6 +75,9 @@ class Partial:
     def begin(self, job: dict[str, Any]) -> None:
         """Begin, or go on. CheckpointError if the folder holds the beginning of something else."""
         job = json.loads(json.dumps(job, default=str))
+        old = self.checkpoint.with_name("checkpoint.old")  # stopped in the middle of the last step
+        if old.exists() and not self.path.exists():
+            os.replace(old, self.path)
         if self.job.exists():
             was = read_json(self.job)
             differs = [key for key in {**was, **job} if job.get(key) != was.get(key)]
@@ -81,13 +86,13 @@ class Partial:
                     f"{self.root}: holds an unfinished run that differs from this one in {', '.join(differs)}; "
                     "finish that one, or delete the folder"
                 )
+        else:  # what is here was being cleared away when that was stopped: nobody knows what it was made from
+            _remove(self.parts, self.checkpoint)
+        known = {self.job, self.parts, self.checkpoint, self.lock}
+        _remove(*(file for file in self.root.iterdir() if file not in known))  # that were being written, and `old`
         for folder in (self.parts, self.checkpoint):
             folder.mkdir(parents=True, exist_ok=True)
         self._write(self.job, lambda file: file.write_text(json.dumps(job), encoding="utf-8"))
-        old = self.checkpoint.with_name("checkpoint.old")  # stopped in the middle of the last step
-        if old.exists() and not self.path.exists():
-            os.replace(old, self.path)
-        shutil.rmtree(old, ignore_errors=True)
 
     def part(self, index: int) -> Path:
         return self.parts / f"{index:05d}.safetensors"
@@ -147,11 +152,19 @@ class Partial:
     def _files(self) -> list[Path]:
         return sorted(self.parts.iterdir())
 
-    def clear_checkpoint(self) -> None:
-        """Keep weight files only: the others are cheap to write again, and may be half written."""
-        for file in self.checkpoint.iterdir():
-            if file.suffix != ".safetensors":
-                file.unlink()
+    def clear_checkpoint(self, shards: Iterable[str]) -> None:
+        """Keep these weight files only: all else, files of others too, is put there again, and may be half written."""
+        _remove(*(file for file in self.checkpoint.iterdir() if file.name not in shards))
 
     def done(self) -> None:
+        with suppress(OSError):
+            self.job.unlink()  # first: without it nothing that is left counts
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

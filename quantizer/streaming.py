@@ -115,6 +115,8 @@ def _check(plan: Plan, run: Runner | None) -> None:
 
 def _job(plan: Plan, files: FloatFiles, device: torch.device | None, shard_bytes: int) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
+    from .. import __version__
+
     return {
         "recipe": plan.recipe.to_dict(),
         "layers": [[x.name, x.scheme_name, x.scheme.model_dump()] for x in plan.todo],
@@ -123,6 +125,7 @@ def _job(plan: Plan, files: FloatFiles, device: torch.device | None, shard_bytes
         "shard_bytes": shard_bytes,
         "device": "cpu" if device is None else device.type,
         "torch": torch.__version__,
+        "qgraft": __version__,
     }
 
 
@@ -199,7 +202,7 @@ def _write(
         partial.write_shard(file, tensors | {name: tensor.contiguous() for name, tensor in floats.items()})
     ranks.meet("all shards are there")
     if ranks.is_first:
-        partial.clear_checkpoint()
+        partial.clear_checkpoint(shards)
         write_index(partial.checkpoint, shards, sum(sizes.values()))
         finish(partial.checkpoint, partial.path, result, tied, extra_files)
     ranks.leave()

@@ -13,7 +13,7 @@ from torch import nn
 
 import qgraft
 from qgraft import Quantizer, Recipe, quantize_files
-from qgraft.quantizer import CheckpointError, QuantizeError, cli
+from qgraft.quantizer import CheckpointError, QuantizeError, checkpoint, cli, streaming
 from qgraft.quantizer.errors import CalibrationError
 from qgraft.quantizer.float_files import CannotStream
 from qgraft.quantizer.partial import Partial
@@ -217,10 +217,76 @@ def test_a_bad_weight_stops_the_run_with_its_name_and_what_was_done_is_kept(tmp_
         stream(folder, tmp_path / "out")
 
 
+def test_another_version_of_qgraft_is_another_run(folder, tmp_path, monkeypatch):
+    interrupted(monkeypatch, folder, tmp_path / "out", "graft_empty", streaming)
+    monkeypatch.setattr(qgraft, "__version__", "0.0.1")
+    with pytest.raises(CheckpointError, match="differs from this one in qgraft; finish that one"):
+        stream(folder, tmp_path / "out", shard_bytes=9000)
+
+
 def test_two_runs_do_not_write_one_folder(folder, tmp_path):
     with Partial(tmp_path / "out").alone(), pytest.raises(CheckpointError, match="another process is writing it"):
         stream(folder, tmp_path / "out")
     stream(folder, tmp_path / "out")
+
+
+# -- interrupted -------------------------------------------------------------------------------------------------------
+
+
+def interrupted(monkeypatch, folder, out, step, module):
+    """A run that ends right after a step, as if it had been killed there."""
+
+    def stops(*args, **kwargs):
+        original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    original = getattr(module, step)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, step, stops)
+        stream(folder, out, shard_bytes=9000)
+
+
+@pytest.mark.parametrize("step", ["_keep_other_files", "write_json", "_fingerprint"])
+def test_one_that_ends_in_the_last_step_over_an_old_checkpoint_goes_on_with_the_files_of_others(
+    step, folder, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    stream(folder, out, shard_bytes=9000)
+    expected = content(out)
+    (out / "more").mkdir()
+    (out / "more" / "file").write_text("of others")
+    save_file({"a": torch.ones(3)}, out / "adapter.safetensors")
+    for _ in range(2):
+        interrupted(monkeypatch, folder, out, step, checkpoint)
+    stream(folder, out, shard_bytes=9000)
+    assert (out / "more" / "file").read_text() == "of others"
+    (out / "more" / "file").unlink(), (out / "more").rmdir(), (out / "adapter.safetensors").unlink()
+    assert content(out) == expected
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_what_was_left_of_a_folder_that_was_being_cleared_away_is_no_part_of_the_next_run(
+    folder, tmp_path, monkeypatch
+):
+    partial = Partial(tmp_path / "out")
+    interrupted(monkeypatch, folder, tmp_path / "out", "write_json", checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        partial.done()
+    assert any(partial.parts.iterdir()) and any(partial.checkpoint.iterdir())
+    other = {"scheme": {"name": "w4a8_svd", "rank": 8, "smooth": "none"}}
+    stream(folder, tmp_path / "out", other, shard_bytes=9000)
+    stream(folder, tmp_path / "fresh", other, shard_bytes=9000)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_files_that_were_being_written_go_when_the_next_run_begins(folder, tmp_path, monkeypatch):
+    partial = Partial(tmp_path / "out")
+    interrupted(monkeypatch, folder, tmp_path / "out", "graft_empty", streaming)
+    for name in (".tmpAB12CD", "00003.safetensors.4711.new"):
+        (partial.root / name).write_bytes(b"half of it")
+    interrupted(monkeypatch, folder, tmp_path / "out", "graft_empty", streaming)
+    assert {file.name for file in partial.root.iterdir()} <= {"job.json", "parts", "checkpoint", "lock"}
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
