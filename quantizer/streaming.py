@@ -12,7 +12,7 @@ by byte.
 import copy
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def quantize_files(
     QuantizeError for a layer that fails, such as one with NaN; what was done by then is kept.
     """
     path, ranks = Path(out).resolve(), Ranks()
-    with ranks.together():
+    # The lock is let go of last, when all processes have stopped: after an error that may clear the folder.
+    with ExitStack() as lock, ranks.together():
         plan = make_plan(model, load_recipe(recipe))
         run = None
         if calibration is not None:
@@ -89,20 +90,21 @@ def quantize_files(
         files, partial = FloatFiles(Path(folder), model, naming), Partial(path)
         device = ranks.device(device)
         job = {**_job(plan, files, device, shard_bytes), "calibration": run and run.digest(), "details": details}
-        with partial.alone() if ranks.is_first else nullcontext():
-            if run is None:
-                _quantize(model, plan, files, partial, ranks, device, job, progress, say)
-            else:
-                _calibrate(model, plan, files, partial, run, device, job, progress, say)
-            rows = partial.rows()
-            left = [f"'{row.name}': {row.left}" for row in rows.values() if row.left]
-            if left and ranks.is_first:
-                warnings.warn("these layers stay as they are:\n" + some(left, "\n"), stacklevel=2)
-            result = graft_empty(copy.deepcopy(model), plan, rows)
-            _write(result, files, partial, ranks, shard_bytes, extra_files)
         if ranks.is_first:
-            partial.done()
-        return Report.of(result)
+            lock.enter_context(partial.alone())
+        if run is None:
+            _quantize(model, plan, files, partial, ranks, device, job, progress, say)
+        else:
+            _calibrate(model, plan, files, partial, run, device, job, progress, say)
+        rows = partial.rows()
+        left = [f"'{row.name}': {row.left}" for row in rows.values() if row.left]
+        if left and ranks.is_first:
+            warnings.warn("these layers stay as they are:\n" + some(left, "\n"), stacklevel=2)
+        result = graft_empty(copy.deepcopy(model), plan, rows)
+        _write(result, files, partial, ranks, shard_bytes, extra_files)
+    if ranks.is_first:
+        partial.done()
+    return Report.of(result)
 
 
 def _check(plan: Plan, run: Runner | None) -> None:
@@ -152,6 +154,7 @@ def _quantize(
             todo.sort(key=lambda i: -units[i].cost)
     todo = ranks.agree("parts", todo)
     if not partial.job.exists():
+        ranks.stop_if_one_failed()  # rank 0, say, which then cleared the folder away
         raise QuantizeError(f"{partial.root} of rank 0 cannot be seen here: write to a folder that all machines see")
     with tqdm(total=len(todo), desc="quantize", disable=None if progress and ranks.is_first else True) as bar:
         for index in ranks.share("next part", todo):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 
@@ -13,14 +12,15 @@ from torch import nn
 
 # One process that imports, and becomes several, as torchrun would start them.
 FORKED = """
-import os, sys, time
+import os, socket, sys, time
 from pathlib import Path
 import torch
 from torch import nn
 import qgraft
-from qgraft.quantizer import units
+from qgraft.quantizer import distributed, units
 
-folder, base, port, fails = sys.argv[1:]
+distributed.LINGER_SECONDS = 120  # a busy machine may let one of them start long after the others
+folder, base, fails = sys.argv[1:]
 recipe = qgraft.Recipe.from_dict({"scheme": {"name": "w4a8_svd", "rank": 8}})
 
 def work(rank, out):
@@ -29,17 +29,21 @@ def work(rank, out):
     if fails:
         real, failed = units._quantize, Path(folder, "failed")
         def meddled(*args):
-            if rank == 1:
+            if rank == int(fails):
                 failed.touch()
                 raise RuntimeError("no space left")
             while not failed.exists():  # so that it gets something to do
                 time.sleep(0.01)
+            time.sleep(0.3)  # what it makes is written when the other is long on its way out
             return real(*args)
         units._quantize = meddled
     qgraft.quantize_files(folder, recipe, out, model=model, shard_bytes=9000, progress=False, say=print)
 
-def start(world, port, out):
+def start(world, out):
     children = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     for rank in range(world):
         child = os.fork()
         if child == 0:
@@ -57,15 +61,12 @@ def start(world, port, out):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 for world in (3,) if fails else (1, 2, 4):
-    print(world, start(world, int(port) + world, f"{base}/of{world}"), flush=True)
+    print(world, start(world, f"{base}/of{world}"), flush=True)
 """
 
 
 def forked(folder, base, fails="") -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1] % 60000 + 2000
-    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(folder), str(base), str(port), fails]
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(folder), str(base), fails]
     environment = {n: v for n, v in os.environ.items() if n != "OMP_NUM_THREADS"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -93,12 +94,13 @@ def test_one_two_and_four_processes_write_the_same_bytes(folder, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "of1", "of2", "of4"]
 
 
-def test_a_process_that_fails_stops_all_with_its_message(folder, tmp_path):
-    told = forked(folder, tmp_path, "fails")
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_process_that_fails_stops_all_with_its_message(fails, folder, tmp_path):
+    told = forked(folder, tmp_path, str(fails))
     assert "3 [1, 1, 1]" in told
-    for rank in (0, 2):
-        assert f"QuantizeError of rank {rank}: rank {rank} stops: " in told
-    assert told.count("rank 1 failed: layer '") >= 1 and "RuntimeError: no space left" in told
+    for rank in {0, 1, 2} - {fails}:
+        assert f"QuantizeError of rank {rank}: rank {rank} stops: " in told, told
+    assert told.count(f"rank {fails} failed: layer '") >= 1 and "RuntimeError: no space left" in told
     assert not (tmp_path / "of3").exists()
 
 
@@ -123,5 +125,6 @@ def test_torchrun_starts_the_command_and_ends_with_the_message_of_a_process_that
     done = torchrun(tmp_path, "failed")
     assert done.returncode != 0 and not (tmp_path / "failed").exists()
     assert "layer 'model.layers.0.mlp.up_proj' (w4a16, 80 x 64)" in done.stderr and "NaN" in done.stderr
-    # The other process, too, says whose fault it was.
-    assert re.search(r"rank [01] stops: rank [01] failed: layer 'model\.layers\.0\.mlp\.up_proj'", done.stderr)
+    # The other process, too, says whose fault it was, unless it was so late that torchrun ended it.
+    stopped = r"rank [01] stops: rank [01] failed: layer 'model\.layers\.0\.mlp\.up_proj'|closing signal SIGTERM"
+    assert re.search(stopped, done.stderr), done.stderr[-3000:]
