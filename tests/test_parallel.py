@@ -17,6 +17,7 @@ from qgraft.quantizer.parallel import own_plan, resolve
 # Starts `world` processes that share this one's imports; each runs check(mesh, seed).
 SPREAD = """
 import os, sys, tempfile, traceback
+from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -36,7 +37,8 @@ for rank in range(world):
     if child == 0:
         code = 1
         try:
-            dist.init_process_group("gloo", init_method=f"file://{{folder}}/store", rank=rank, world_size=world)
+            dist.init_process_group("gloo", init_method=f"file://{{folder}}/store", rank=rank, world_size=world,
+                                    timeout=timedelta(seconds=200))
             torch.manual_seed(seed)
             check(init_device_mesh("cpu", (world,)), rank)
             code = 0
