@@ -22,7 +22,7 @@ def export(
     """Write a quantized model in a format of others.
 
     compressed-tensors is what transformers and vLLM load, without qgraft. Recipe w4a16_ct makes 4-bit
-    layers that it can hold; so do w8a16 and w8a8.
+    layers that it can hold; so do w8a16, and w8a8 without rotation and smoothing.
 
     \b
     Example: qgraft export ./w4a16_ct --out ./for_vllm

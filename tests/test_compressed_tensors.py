@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgraft import Quantizer, QuantLinear, Recipe, export, load, load_recipe, save
+from qgraft.layers import SCHEMES
 from qgraft.quantizer import cli
-from qgraft.quantizer.errors import CheckpointError
+from qgraft.quantizer.errors import CheckpointError, PlanError
+from qgraft.quantizer.interop import compressed_tensors as compressed_tensors_of_ours
 from qgraft.quantizer.interop.huggingface import ModelFolder
 from qgraft.quantizer.interop.packed import pack, unpack, words
 
@@ -213,6 +216,10 @@ def test_what_the_format_cannot_say_is_refused_with_the_option_to_change(tmp_pat
         ({"name": "w4a16", "rotate": False, "rank": 4}, "low-rank branch; quantize with rank: 0"),
         ({"name": "w4a4_svd", "rank": 0, "rotate": False}, "smoothed; quantize with smooth: none"),
         ({"name": "w4a8_svd", "rank": 0, "rotate": False, "smooth": "none"}, "quantize with zero_point: false"),
+        ("w4a8_svd", "rotate: false, and it has .* with rank: 0, and its activations .* with smooth: none"),
+        ({"name": "w8a8", "rotate": True}, r"w8a8: its groups are rotated; quantize with rotate: false \("),
+        ({"name": "w8a8", "smooth": "auto"}, "smoothed; quantize with smooth: none"),
+        ({"name": "w8a8_static", "rotate": True}, "rotated; quantize with rotate: false"),
         ({"name": "w4_group", "offset": True}, "quantize with zero_point: true instead"),
         ({"name": "w4_group", "order": True}, "act-order"),
         ({"name": "w8_group", "group_size": 256}, "groups of 256 do not divide its 128 input features"),
@@ -235,6 +242,43 @@ def test_what_the_format_cannot_say_is_refused_with_the_option_to_change(tmp_pat
     (tmp_path / "full" / "file").touch()
     with pytest.raises(CheckpointError, match="no empty folder"):
         export(quantized({"name": "w8a16"}), tmp_path / "full")
+
+
+PLAIN = {"rank": 0, "rotate": False, "smooth": "none", "zero_point": False, "iterations": 1}
+
+
+def variants():
+    """Each scheme as plain as it can be, and so but for one option, with each value that it can have."""
+    for name, cls in SCHEMES.items():
+        kinds = {option: field.annotation for option, field in cls.Scheme.model_fields.items()}
+        plain = {"rank": 8} if name.startswith("factorized") else {k: v for k, v in PLAIN.items() if k in kinds}
+        yield name, plain
+        for option, kind in kinds.items():
+            values = (True, False) if bool in (kind, *get_args(kind)) else get_args(kind)
+            yield from ((name, {**plain, option: value}) for value in values if isinstance(value, (bool, int, str)))
+
+
+@pytest.mark.filterwarnings("ignore:bitnet is a format to train in")
+def test_whatever_its_options_a_layer_is_refused_or_written_with_its_very_weight():
+    written = set()
+    for name, options in variants():
+        model = nn.Sequential(nn.Linear(256, 32, bias=False))
+        recipe = {"scheme": {"name": name, **options}, "min_features": 1}
+        try:
+            data = [torch.randn(40, 256) * torch.linspace(0.1, 3, 256)]
+            layer = Quantizer(model).quantize(Recipe.from_dict(recipe), calibration=data, progress=False)[0]
+        except PlanError:
+            continue  # options that exclude each other
+        try:
+            group, tensors = compressed_tensors_of_ours.export_layer(layer)
+        except ValueError:
+            continue
+        scheme = QuantizationScheme(targets=["Linear"], **group)
+        compressor = compressed_tensors.compressors.BaseCompressor.get_value_from_registry(group["format"])
+        weight = compressor.decompress(dict(tensors), scheme)["weight"]
+        assert torch.equal(weight, layer.dequantize()), (name, options)
+        written.add(name)
+    assert written == {s["name"] for s in (*WEIGHT_ONLY, *WITH_ACTIVATIONS)}
 
 
 def test_the_shipped_recipe_exports(tmp_path):

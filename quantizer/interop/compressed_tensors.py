@@ -52,6 +52,7 @@ def export_layer(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 def _export(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor]]:
     k = layer.in_features
+    _plain(layer)
     if isinstance(layer, (W8A16Linear, W8A32Linear)):
         return _packed(layer.qweight, layer.scale[:, None], None, None, 8)
     if isinstance(layer, W8A8Linear):
@@ -64,7 +65,6 @@ def _export(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(layer, W4GroupLinear) and layer.offset is not None:
         raise ValueError("a float is added to each of its groups (offset); quantize with zero_point: true instead")
     if isinstance(layer, (W4A16Linear, W4GroupLinear, SVDQW4A4Linear)):
-        _plain(layer)
         size, steps, zero = _whole_groups(layer), layer.scale, getattr(layer, "zero_point", None)
         if isinstance(layer, SVDQW4A4Linear) and layer.group_scale is not None:
             steps = layer.scale[:, None] * unpack_group_scale(layer.group_scale)[0]
@@ -83,14 +83,17 @@ def _export(layer: QuantLinear) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _plain(layer: QuantLinear) -> None:
-    """Raise ValueError if the weight is not just codes and scales."""
-    scheme = layer.scheme
+    """Raise ValueError, with all options to change, if the weight is not just codes and scales."""
+    scheme, problems = layer.scheme, []
     if getattr(scheme, "rotate", False):
-        raise ValueError("its groups are rotated; quantize with rotate: false (recipe w4a16_ct does)")
-    if getattr(scheme, "rank", 0):
-        raise ValueError("it has a low-rank branch; quantize with rank: 0")
+        recipe = " (recipe w4a16_ct does)" if isinstance(layer, W4A16Linear) else ""
+        problems.append(f"its groups are rotated; quantize with rotate: false{recipe}")
+    if isinstance(layer, (W4A16Linear, SVDQW4A4Linear)) and scheme.rank:
+        problems.append("it has a low-rank branch; quantize with rank: 0")
     if getattr(layer, "smooth_factor", None) is not None:
-        raise ValueError("its activations are smoothed; quantize with smooth: none")
+        problems.append("its activations are smoothed; quantize with smooth: none")
+    if problems:
+        raise ValueError(", and ".join(problems))
 
 
 def _whole_groups(layer: QuantLinear) -> int | None:

@@ -48,9 +48,9 @@ def export(
     """Write a quantized model as a folder that others load without qgraft.
 
     model: a transformers model (it brings the config). folder: a new or empty one.
-    format: "compressed-tensors": w8a16, w8a32, w8_group, w4a16 and w4_group without rotation and branch, w8a8,
-    w8a8_static, and w4a4_svd and w4a8_svd without rotation, branch and smoothing. Codes and scales are written as they
-    are. Quantized embeddings become float.
+    format: "compressed-tensors": w8a16, w8a32, w8_group and w4_group, and without rotation, branch and
+    smoothing w4a16, w8a8, w8a8_static, w4a4_svd and w4a8_svd. Codes and scales are written as they are. Quantized
+    embeddings become float.
     extra_files: copied along (a tokenizer's, say).
     Raises CheckpointError, before anything is written, that names every layer which the format cannot hold and the
     option to change. Warns of what vLLM will not load.
