@@ -270,8 +270,7 @@ def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def model_config(model: nn.Module) -> dict[str, Any]:
     """What Hugging Face models say of themselves; empty for other modules."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
-    config = dict(to_dict()) if callable(to_dict) else {}
-    config.pop("quantization_config", None)
+    config = _without_quantization(to_dict()) if callable(to_dict) else {}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if config.get("tie_word_embeddings") and isinstance(head, QuantLayer):
         config["tie_word_embeddings"] = False  # no float weight is; "tied" says which codes are shared
@@ -280,6 +279,15 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     if config and isinstance(getattr(model, "dtype", None), torch.dtype):
         config["dtype"] = str(model.dtype).removeprefix("torch.")  # it may have been cast since it was loaded
     return config
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    # A model inside of this one, which was saved by itself, has left its own in a config inside of this one.
+    return {
+        key: _without_quantization(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
 
 
 def nbytes(tensor: Tensor) -> int:

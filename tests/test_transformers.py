@@ -50,6 +50,14 @@ def mixtral():
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE)).eval()
 
 
+def vision_and_language():
+    rope = {"rope_type": "default", "type": "mrope", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
+    text = {**SMALL, "num_key_value_heads": 2, "rope_scaling": rope, **({"rope_parameters": rope} if IS_V5 else {})}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
 MODELS = {
     "llama": (llama, "w4a8_svd"),
     "llama, 16 bit": (lambda: cast(llama(), torch.bfloat16), "w4a16"),
@@ -61,6 +69,7 @@ MODELS = {
     "encoder": (bert, "w4a4_svd_fast"),
     "masked language model": (lambda: bert("BertForMaskedLM"), "w8a8"),
     "experts": (mixtral, "w8a16"),
+    "vision and language": (vision_and_language, "w8a16"),
     "factorized": (llama, {"scheme": {"name": "factorized_w8", "rank": 8}}),
 }
 
@@ -205,6 +214,21 @@ def test_an_outer_and_an_inner_model_save_each_its_own_layers(tmp_path):
     assert is_same(AutoModelForCausalLM.from_pretrained(tmp_path / "outer"), model)
     ids = torch.arange(12).reshape(1, 12)
     assert torch.equal(inner(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_a_config_tells_of_quantization_once_although_models_inside_have_told_of_theirs(tmp_path):
+    model = quantized(vision_and_language(), "w8a16")
+    model.save_pretrained(tmp_path / "first")
+    model.model.language_model.save_pretrained(tmp_path / "inner")
+    qgraft.save(model, tmp_path / "second")
+    qgraft.export(model, tmp_path / "third")
+    model.save_pretrained(tmp_path / "fourth")
+    for folder in ("first", "inner", "second", "third", "fourth"):
+        text = (tmp_path / folder / "config.json").read_text()
+        assert text.count('"quantization_config"') == 1 and "quantization_config" in json.loads(text), folder
+    ids = torch.arange(12).reshape(1, 12)
+    inner = type(model.model.language_model).from_pretrained(tmp_path / "inner")
+    assert torch.equal(inner(ids).last_hidden_state, model.model.language_model(ids).last_hidden_state)
 
 
 def test_a_run_that_broke_off_is_saved_as_far_as_it_came(tmp_path):

@@ -3,11 +3,13 @@
 Written for transformers 4.57 and 5.x; where the two differ, the method says which of them calls it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PretrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
 from ...layers import QuantLayer
@@ -102,7 +104,9 @@ class QGraftHfQuantizer(AttachedQuantizer, HfQuantizer):
             return None, {}
         tensors, tied = contents(model)
         _set_config(model, tied)
-        model._weight_conversions = []  # 5.x: the files hold the model's own names, as the config does
+        # The files hold the model's own names, as the config does.
+        model._weight_conversions = []  # 5.x
+        model._checkpoint_conversion_mapping = {}  # 4.57, for models with vision
         return tensors, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -110,9 +114,19 @@ class QGraftHfQuantizer(AttachedQuantizer, HfQuantizer):
 
 
 def _set_config(model: nn.Module, tied: dict[str, str]) -> None:
+    for part in _parts(model.config):  # a model inside of this one has said so of itself, by names of its own
+        part.__dict__.pop("quantization_config", None)
     model.config.quantization_config = QGraftConfig(**describe(model, tied))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(head, QuantLayer):  # no float weight is tied; "tied" says which codes are shared
         for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
+
+
+def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """The configs inside of a config: those of a text and of a vision model, say."""
+    for value in list(config.__dict__.values()):
+        if isinstance(value, PretrainedConfig):
+            yield value
+            yield from _parts(value)
