@@ -154,6 +154,17 @@ def test_formats_with_activations_are_what_they_say(scheme, tmp_path):
         assert torch.equal(theirs.get_submodule(name).weight, layer.dequantize())
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="4 does not dequantize while it loads")
+def test_models_that_stock_transformers_only_loads_dequantized_have_our_weights_then(tmp_path):
+    size = {"vocab_size": 97, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**size)).eval()
+    model = Quantizer(t5).quantize("w8a16", progress=False)
+    export(model, tmp_path / "out")
+    theirs = type(t5).from_pretrained(tmp_path / "out", dtype=torch.float32, **as_dense())
+    for name, layer in layers_of(model).items():
+        assert torch.equal(theirs.get_submodule(name).weight, layer.dequantize())
+
+
 def test_a_bfloat16_model_differs_by_the_rounding_of_its_weights_only(tmp_path):
     model, ids = quantized({"name": "w4a16", "rotate": False}, llama(dtype=torch.bfloat16)), torch.arange(9)[None]
     export(model, tmp_path / "out")
@@ -238,6 +249,12 @@ def test_what_the_format_cannot_say_is_refused_with_the_option_to_change(tmp_pat
     gpt2 = Quantizer(gpt2).quantize(Recipe.from_dict({"scheme": "w8a16", "rules": [HEAD]}), progress=False)
     with pytest.raises(CheckpointError, match=r"nn.Linear only, and 4 quantized layers are something else.*Conv1D"):
         export(gpt2, tmp_path / "out")
+    small = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 50, "pad_token_id": 0,
+             "num_local_experts": 2, "interleave_moe_layer_step": 1}  # fmt: skip
+    llama4 = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small))
+    with pytest.raises(CheckpointError, match=r"Llama4TextExperts: .* random numbers. Save with qgraft.save"):
+        export(quantized({"name": "w8a16"}, llama4), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(CheckpointError, match="no empty folder"):

@@ -77,10 +77,12 @@ def export(
 
 
 def _check_places(model: nn.Module, layers: dict[str, QuantLinear]) -> None:
-    """CheckpointError unless each layer is an `nn.Linear` in the float model that readers build."""
+    """CheckpointError unless each layer is an `nn.Linear` in the model that readers build, and all else is as here."""
     from_config = getattr(type(model), "_from_config", None)
     if from_config is None or not hasattr(model, "config"):
         raise CheckpointError(f"a {type(model).__name__} is no transformers model, whose config readers build it from")
+    from transformers.quantizers import base
+
     with torch.device("meta"):
         modules = dict(from_config(copy.deepcopy(model.config)).named_modules(remove_duplicate=False))
     strange = [name for name in layers if not isinstance(modules.get(name), nn.Linear)]
@@ -89,6 +91,15 @@ def _check_places(model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         raise CheckpointError(
             f"compressed-tensors quantizes nn.Linear only, and {len(strange)} quantized layers are something else in "
             f"the float model ({', '.join(kinds)}): {some(strange)}. Leave them in float by a rule with `skip:`"
+        )
+    # transformers puts modules of its own in the place of these (Llama 4's experts), with weights by other names.
+    patched = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    other = {type(m).__name__ for m in modules.values()} & patched.keys()
+    other = sorted(n for n in other if "compressed-tensors" in patched[n]["quantization_methods"])
+    if other:
+        raise CheckpointError(
+            f"{', '.join(other)}: where a model is quantized in this format, transformers builds them in another way, "
+            "and would fill them with random numbers. Save with qgraft.save instead"
         )
 
 
