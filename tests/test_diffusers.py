@@ -102,6 +102,33 @@ def test_a_transformer_is_quantized_and_comes_back_from_disk_to_the_last_bit(nam
     assert torch.equal(run(load(tmp_path / "ours", model=build()), batch), got)
 
 
+def test_what_diffusers_keeps_in_float32_comes_back_in_float32(tmp_path):
+    """Wan has such parts, quantized ones and others, beside the rest in bfloat16."""
+    wan = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, text_dim=48, freq_dim=32,
+        ffn_dim=96, num_layers=1, rope_max_seq_len=16,
+    )  # fmt: skip
+    wan.save_pretrained(tmp_path / "float")
+    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "float", torch_dtype=torch.bfloat16)
+    Quantizer(model).quantize("w8a16", progress=False)
+    layers = model.condition_embedder.time_embedder.linear_1, model.blocks[0].attn1.to_q
+    assert [layer.dtype for layer in layers] == [torch.float32, torch.bfloat16]
+    batch = {
+        "hidden_states": torch.randn(2, 4, 2, 8, 8).bfloat16(),
+        "encoder_hidden_states": torch.randn(2, 5, 48).bfloat16(),
+        "timestep": torch.randint(0, 1000, (2,)),
+    }
+    got = run(model, batch)
+    model.save_pretrained(tmp_path / "ours")
+    for options in ({}, {"torch_dtype": torch.bfloat16}):
+        again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "ours", **options)
+        assert torch.equal(run(again, batch), got)
+        layers = again.condition_embedder.time_embedder.linear_1, again.blocks[0].attn1.to_q
+        assert [layer.dtype for layer in layers] == [torch.float32, torch.bfloat16]
+        types = {name: t.dtype for name, t in again.state_dict().items()}
+        assert types == {name: t.dtype for name, t in model.state_dict().items()}
+
+
 def test_eight_bit_activations_are_more_accurate_than_four():
     model, data = flux(), [flux_batch(torch.float32) for _ in range(3)]
     wanted, errors = run(model, data[0]), {}

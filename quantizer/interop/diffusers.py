@@ -8,6 +8,8 @@ config.json of the component then has our `quantization_config` (see quantizer/c
 diffusers without qgraft stops at its quant_method, which it does not know. Needs diffusers 0.42 or later.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ class QGraftConfig(QuantizationConfigMixin):
 class QGraftQuantizer(AttachedQuantizer, DiffusersQuantizer):
     """Loads and saves the layers of ours in a diffusers model."""
 
+    use_keep_in_fp32_modules = True  # of Wan's and others': what `torch_dtype` leaves in float32
+
     def __init__(self, quantization_config: QGraftConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
@@ -60,7 +64,7 @@ class QGraftQuantizer(AttachedQuantizer, DiffusersQuantizer):
             )
         self.dtype: torch.dtype | None = None  # of the floats; None: of each as it was
         self.files: list[Path] = []
-        self.own: dict[str, Tensor] = {}  # our buffers by name, while a model is loaded
+        self.own: set[str] = set()  # names of the tensors that come as the files have them, while a model is loaded
 
     @staticmethod
     def write_config(model: nn.Module) -> QGraftConfig:
@@ -73,10 +77,11 @@ class QGraftQuantizer(AttachedQuantizer, DiffusersQuantizer):
             raise CheckpointError("device_map: quantized layers are not offloaded to disk; use cpu or a device")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """diffusers would make all of it float32 by default; ours come as they were, if they were of one type."""
-        names = {entry.get("dtype") for entry in self.quantization_config.layers.values()}
-        self.dtype = NAMED_FLOATS.get(names.pop()) if torch_dtype is None and len(names) == 1 else torch_dtype
-        return self.dtype
+        """The type in which the model is built; diffusers would make all of it float32 by default."""
+        self.dtype = torch_dtype
+        names = Counter(str(entry.get("dtype")) for entry in self.quantization_config.layers.values())
+        most = next(iter(names.most_common(1)), ("", 0))[0]
+        return NAMED_FLOATS.get(most) if torch_dtype is None else torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The names in the files, without the guards; called before the model is looked at."""
@@ -87,21 +92,22 @@ class QGraftQuantizer(AttachedQuantizer, DiffusersQuantizer):
         guards = {join(name, GUARD) for name in self.quantization_config.layers}
         return [name for name in loaded_keys if name not in guards]
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: Iterable[str] = (), **_: Any
+    ) -> None:
         """Replace the layers of the skeleton, which is on meta, by empty ones of ours.
 
         Raises CheckpointError, before any weight is read, where files, config and model do not fit to the last tensor.
         """
         _, sites, layers = fit(self.files[0].parent, model, self.quantization_config.to_dict(), self.files)
-        if self.dtype is not None:
-            layers = {name: layer.to(self.dtype) for name, layer in layers.items()}
         put(model, sites, layers, {})
-        self.own = {
-            join(name, leaf): buffer
-            for name, layer in layers.items()
-            for leaf, buffer in layer._buffers.items()
-            if buffer is not None
-        }
+        if self.dtype is None:
+            self.own = set(model.state_dict())
+            return
+        kept = set(keep_in_fp32_modules)
+        for name, layer in layers.items():
+            layer.to(self.dtype if kept.isdisjoint(name.split(".")) else torch.float32)
+            self.own |= {join(name, leaf) for leaf, buffer in layer._buffers.items() if buffer is not None}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, *_: Any, **__: Any
@@ -118,15 +124,20 @@ class QGraftQuantizer(AttachedQuantizer, DiffusersQuantizer):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Put a tensor of ours in its place as the file has it; diffusers has cast `param_value` to another type."""
+        """Put a tensor in its place as the file has it; diffusers has cast `param_value` to another type."""
         path, _, leaf = param_name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = aligned(state_dict[param_name].to(target_device))
+        module, tensor = model.get_submodule(path), aligned(state_dict[param_name].to(target_device))
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, module._parameters[leaf].requires_grad)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        left = [name for name in self.own if model.get_buffer(name).is_meta]
+        state = model.state_dict()
+        left = [name for name in self.own if state[name].is_meta]
         if left:
             raise CheckpointError(f"{self.files[0].parent}: diffusers did not load {some(sorted(left))}")
-        self.own = {}
+        self.own = set()
         for parameter in model.parameters():
             if parameter.device.type == "cpu":
                 parameter.data = aligned(parameter.data)
