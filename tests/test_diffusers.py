@@ -1,5 +1,6 @@
 """Diffusion models of diffusers: quantized in place, saved and loaded by qgraft and by diffusers itself."""
 
+import copy
 import json
 import re
 import subprocess
@@ -177,6 +178,41 @@ def test_a_component_of_a_pipeline_is_quantized_in_place_and_saved_with_it(tmp_p
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(images(again), after)
+
+
+def test_a_lora_of_the_float_model_goes_onto_the_quantized_one_and_off_again(tmp_path):
+    peft = pytest.importorskip("peft")
+    from qgraft.quantizer.interop.peft import on_quantized
+
+    def config(**options):
+        targets = ["to_q", "proj_mlp", "norm1.linear"]  # the last is in float
+        return peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, **options)
+
+    model, batch = flux(), flux_batch(torch.float32)
+    tuned = copy.deepcopy(model)
+    tuned.add_adapter(config(init_lora_weights=False))
+    tuned.save_lora_adapter(tmp_path / "lora")
+    wanted, plain = run(tuned, batch), run(model, batch)
+    Quantizer(model).quantize("w4a8_svd", progress=False)
+    quantized = run(model, batch)
+    file = {"pretrained_model_name_or_path_or_dict": tmp_path / "lora", "prefix": None}
+    with pytest.raises(ValueError, match=r"SVDQW4A8Linear.* is not supported"):
+        model.load_lora_adapter(**file, weight_name="pytorch_lora_weights.safetensors")
+    model.unload_lora()  # diffusers has put adapters into float layers before it came to one of ours
+    assert torch.equal(run(model, batch), quantized)
+    model.add_adapter(on_quantized(config()), "style")
+    tensors = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert not peft.set_peft_model_state_dict(model, tensors, "style").unexpected_keys
+    change, meant = run(model, batch) - quantized, wanted - plain
+    assert (change - meant).norm() < 0.5 * meant.norm()
+    model.save_lora_adapter(tmp_path / "again", adapter_name="style")
+    saved = load_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
+    assert saved.keys() == tensors.keys() and all(torch.equal(t, saved[name]) for name, t in tensors.items())
+    with pytest.raises(CheckpointError, match=r"Take adapters off first: save_lora_adapter"):
+        model.save_pretrained(tmp_path / "out")
+    model.unload_lora()
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(run(type(model).from_pretrained(tmp_path / "out"), batch), quantized)
 
 
 def test_another_type_is_that_of_the_floats_and_not_of_scales(quantized, tmp_path):

@@ -152,6 +152,13 @@ class QGraftQuantizer(AttachedQuantizer, DiffusersQuantizer):
         """What `save_pretrained` writes: the state, and a guard for each layer (see quantizer/checkpoint.py)."""
         if not safe_serialization:
             raise CheckpointError("quantized weights are written as safetensors only: safe_serialization=True")
+        homes = {name.rpartition(".")[0] for name in state_dict}
+        moved = [name for name in self.quantization_config.layers if name not in homes]
+        if moved:  # saved so, the folder could not be loaded
+            raise CheckpointError(
+                f"not in the model under the name that the config has: {some(moved)}. Take adapters off first: "
+                "save_lora_adapter(...), then unload_lora()"
+            )
         guard = torch.empty(0, dtype=torch.int8)
         return state_dict | {join(name, GUARD): guard.clone() for name in self.quantization_config.layers}, {}
 
