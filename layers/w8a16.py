@@ -28,7 +28,7 @@ class W8A16Linear(QuantLinear):
     """y = (x @ qweight^T) * scale + bias with x in 16 bit, sums and scale in float32; y comes back in x's dtype.
 
     qweight  (N, K) int8 in [-127, 127]
-    scale    (N,)   float32, absmax of the row / 127
+    scale    (N,)   float32, within 3 % of absmax of the row / 127
     """
 
     Scheme = W8A16Scheme

@@ -18,7 +18,7 @@ class W8A32Linear(QuantLinear):
     """y = (x @ qweight^T) * scale + bias in float32, whatever the dtype of x; y comes back in x's dtype.
 
     qweight  (N, K) int8 in [-127, 127]
-    scale    (N,)   float32, absmax of the row / 127
+    scale    (N,)   float32, within 3 % of absmax of the row / 127
     """
 
     Scheme = W8A32Scheme
