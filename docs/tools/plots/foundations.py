@@ -83,6 +83,7 @@ def clipping() -> Figure:
         ax.plot(ratios, errors, color=BLUE)
         ax.axvline(1, color=GRAY, linewidth=0.8)
         ax.set(xlabel="step, as a share of absmax / largest code", ylabel="relative error, %", title=f"{bits} bits")
+        ax.locator_params(axis="x", nbins=5)
         if bits == 4:
             ax.axvspan(min(CLIP_GRID), max(CLIP_GRID), color=GREEN, alpha=0.15, label="searched by qgraft")
             ax.legend(frameon=False)

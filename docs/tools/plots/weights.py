@@ -22,7 +22,7 @@ def rounded_rows() -> Figure:
     ax.plot(w[0], "o", color=BLUE, markersize=3, label="weight")
     ax.plot(again[0], "_", color=ORANGE, markersize=6, label="what int4 makes of it")
     ax.set(xlabel="one group of 64", ylabel="value")
-    ax.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
+    ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # a point lies low
     return drawn
 
 
