@@ -21,8 +21,8 @@ def export(
 ) -> None:
     """Write a quantized model in a format of others.
 
-    compressed-tensors is what transformers and vLLM load, without qgraft. Recipe w4a16_ct makes 4-bit
-    layers that it can hold; so do w8a16, and w8a8 without rotation and smoothing.
+    compressed-tensors is what transformers and vLLM load, without qgraft. Recipes w4a16_ct, w8a8_ct and
+    w8a16 make layers that it can hold.
 
     \b
     Example: qgraft export ./w4a16_ct --out ./for_vllm

@@ -94,12 +94,16 @@ def test_vllm_reads_the_same_weights(scheme, name, tmp_path, monkeypatch):
     assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
 
 
-def test_the_shipped_recipe_and_unquantized_layers(tmp_path, monkeypatch):
-    model = quantized(load_recipe("w4a16_ct"))
+@pytest.mark.parametrize("recipe", ["w4a16_ct", "w8a8_ct"])
+def test_the_shipped_recipes(recipe, tmp_path, monkeypatch):
+    model = quantized(load_recipe(recipe))
     export(model, tmp_path / "out")
     theirs = read_by_vllm(tmp_path / "out")
     down = model.model.layers[1].mlp.down_proj.dequantize()
     assert torch.equal(weight_in_vllm(theirs.model.layers[1].mlp.down_proj, monkeypatch), down)
+
+
+def test_unquantized_layers_stay_so(tmp_path):
     part = quantized({"scheme": "w8a16", "rules": [HEAD, {"match": "*.1.mlp.*", "skip": "x"}]})
     export(part, tmp_path / "part")
     theirs = read_by_vllm(tmp_path / "part")

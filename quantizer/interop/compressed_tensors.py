@@ -86,7 +86,7 @@ def _plain(layer: QuantLinear) -> None:
     """Raise ValueError, with all options to change, if the weight is not just codes and scales."""
     scheme, problems = layer.scheme, []
     if getattr(scheme, "rotate", False):
-        recipe = " (recipe w4a16_ct does)" if isinstance(layer, W4A16Linear) else ""
+        recipe = {"w4a16": " (recipe w4a16_ct does)", "w8a8": " (recipe w8a8_ct does)"}.get(layer.scheme_name, "")
         problems.append(f"its groups are rotated; quantize with rotate: false{recipe}")
     if isinstance(layer, (W4A16Linear, SVDQW4A4Linear)) and scheme.rank:
         problems.append("it has a low-rank branch; quantize with rank: 0")
