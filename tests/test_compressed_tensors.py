@@ -564,6 +564,8 @@ def test_what_cannot_be_read_is_refused_and_the_model_left_as_it_was(tmp_path):
     up = "model.layers.0.mlp.up_proj"
     group = {"targets": ["Linear"], "weights": weights_of(4, size=32)}
     attempt(f"'{up}.weight_scale' is missing", tensors={f"{up}.weight_scale": None})
+    attempt(r"mlp.gate_proj.weight_g_idx' is missing",
+            config_groups={"g": group | {"weights": weights_of(4, size=32) | {"actorder": "group"}}})  # fmt: skip
     attempt(r"weight_packed' is int32 \(192, 3\) in the file, int32 \(192, 16\) is needed",
             tensors={f"{up}.weight_packed": torch.zeros(192, 3, dtype=torch.int32)})  # fmt: skip
     attempt("has NaN or infinite values", tensors={f"{up}.weight_scale": torch.full((192, 4), float("nan"))})

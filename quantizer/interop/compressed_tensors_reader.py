@@ -82,7 +82,8 @@ class Reader:
         if not weights["symmetric"]:
             zero = ((words(n, bits), groups), torch.int32) if packed else (scale, torch.int8)
             tensors["weight_zero_point"] = zero
-        if "weight_g_idx" in kinds:
+        reordered = weights["strategy"] == "group" and weights["actorder"] in (True, "group", "dynamic")
+        if reordered or "weight_g_idx" in kinds:
             tensors["weight_g_idx"] = ((k,), torch.int32)
         if activations and not activations["dynamic"]:
             tensors["input_scale"] = ((1,), None)

@@ -15,7 +15,10 @@ class _Entry(BaseModel):
 
 
 class Numbers(_Entry):
-    """How weights or activations are rounded. group_size: in features; dynamic may say how."""
+    """How weights or activations are rounded. group_size: in features; dynamic may say how.
+
+    actorder: "group" or "dynamic", in older files True: weight_g_idx says which features a group has.
+    """
 
     num_bits: int = 8
     type: str = "int"
@@ -23,6 +26,7 @@ class Numbers(_Entry):
     strategy: str | None = None
     group_size: int | None = None
     dynamic: bool | str = False
+    actorder: bool | str | None = None
 
 
 class Group(_Entry):
