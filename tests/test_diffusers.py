@@ -141,12 +141,19 @@ def test_eight_bit_activations_are_more_accurate_than_four():
 
 def test_the_recipes_leave_what_is_small_and_what_everything_passes_through():
     """On meta, in full size: outside the blocks nothing is quantized, and no norm, modulation or embedder inside."""
-    for name in ("Flux", "Flux2", "PixArt", "Sana", "SD3", "QwenImage", "DiT", "Chroma", "CogView4"):
+    names = ("Flux", "Flux2", "PixArt", "Sana", "SD3", "QwenImage", "DiT", "Chroma", "CogView4")
+    cases = {f"{name}Transformer2DModel": {} if name == "DiT" else {"num_layers": 1} for name in names}
+    cases["WanTransformer3DModel"] = cases["StableAudioDiTModel"] = {"num_layers": 1}
+    cases["HunyuanDiT2DModel"] = {
+        "num_layers": 2, "num_attention_heads": 16, "attention_head_dim": 64, "hidden_size": 1024, "patch_size": 2,
+        "in_channels": 4, "sample_size": 32,
+    }  # fmt: skip
+    for name, options in cases.items():
         with torch.device("meta"):
-            model = getattr(diffusers, f"{name}Transformer2DModel")(**({} if name == "DiT" else {"num_layers": 1}))
-        names = [layer.name for layer in Quantizer(model).plan("w4a4_svd").todo]
-        assert len(names) >= 5, name
-        for layer in names:
+            model = getattr(diffusers, name)(**options)
+        layers = [layer.name for layer in Quantizer(model).plan("w4a4_svd").todo]
+        assert len(layers) >= 5, name
+        for layer in layers:
             assert re.search(r"blocks\.\d", layer), (name, layer)
             assert not re.search(r"norm|modulation|mod\.|embed|adaln", layer), (name, layer)
 
