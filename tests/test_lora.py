@@ -120,6 +120,13 @@ def test_what_needs_the_float_weight_is_refused(options, words):
         with_lora(quantized("w8a32"), **options)
 
 
+def test_on_a_quantized_convolution_there_is_no_lora():
+    """Its rows of pixels would be taken for features, where there are as many."""
+    model = Quantizer(nn.Sequential(nn.Conv2d(WIDTH, 48, 1))).quantize("w8a32", progress=False)
+    with pytest.raises(ValueError, match="is a 1x1 convolution, and LoRA on quantized ones is not there"):
+        with_lora(model, target_modules=["0"])
+
+
 def test_peft_alone_refuses_a_quantized_layer_and_does_not_pass_it_by():
     with pytest.raises(ValueError, match="W8A32Linear"):
         peft.get_peft_model(quantized("w8a32"), peft.LoraConfig(target_modules=["0"]))

@@ -84,6 +84,32 @@ def test_over_a_dense_residual_every_layer_with_a_branch_is_its_weight(name, rot
     assert (logits(stock, ids) - logits(dequantized(model), ids)).abs().max() < 1e-5
 
 
+def test_what_was_no_linear_layer_is_left_as_what_it_was(tmp_path):
+    """A 1x1 convolution, and the Conv1D of GPT-2, whose weight lies the other way round."""
+    gpt2 = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=1, n_head=2)
+    gpt2 = transformers.GPT2LMHeadModel(gpt2).eval()
+    base = split_off_branches(quantized(copy.deepcopy(gpt2), {"name": "w4a16", "rank": 8}), tmp_path / "gpt2")
+    base.save_pretrained(tmp_path / "base")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    stock = peft.PeftModel.from_pretrained(stock, tmp_path / "gpt2").merge_and_unload()
+    difference = stock.transformer.h[0].attn.c_proj.weight - gpt2.transformer.h[0].attn.c_proj.weight
+    assert difference.norm() < 0.2 * gpt2.transformer.h[0].attn.c_proj.weight.norm()
+
+    x = torch.randn(2, 64, 8, 64)  # rows of as many pixels as there are channels
+    for rotate in (True, False):
+        model = nn.Sequential(nn.Conv2d(64, 96, 1, stride=2), nn.SiLU(), nn.Conv2d(96, 64, 1))
+        recipe = Recipe.from_dict({"scheme": {**W4A16, "rotate": rotate}})
+        ours = Quantizer(copy.deepcopy(model)).quantize(recipe, progress=False)
+        base = split_off_branches(ours, tmp_path / str(rotate))
+        assert base(x).shape == ours(x).shape and isinstance(base[0], nn.Conv2d if rotate else W4A16Linear)
+        for i in (0, 2):
+            weight = base[i].weight if rotate else base[i].dequantize()[..., None, None]
+            model[i].weight.data, model[i].bias = weight.clone(), base[i].bias
+        merged = peft.PeftModel.from_pretrained(model, tmp_path / str(rotate)).merge_and_unload()
+        for i in (0, 2):
+            assert (merged[i].weight[..., 0, 0] - ours[i].dequantize()).abs().max() < 1e-5
+
+
 def test_a_model_that_has_no_quantized_layer_left_is_saved_as_a_plain_one(tmp_path):
     base = split_off_branches(quantized(llama(), "w4a8_svd"), tmp_path / "adapter")
     base.save_pretrained(tmp_path / "base")

@@ -26,7 +26,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ...layers import QuantLinear, SVDQW4A4Linear, W4A16Linear
 from ..errors import CheckpointError
@@ -66,6 +66,11 @@ class LoraQuantLinear(Linear):
     """peft's adapter over a quantized layer: y = layer(x) + scaling * x A^T B^T. It cannot be merged."""
 
     def __init__(self, base_layer: QuantLinear, adapter_name: str, *args: Any, **kwargs: Any):
+        if getattr(base_layer, "stride", None) is not None:
+            raise ValueError(
+                f"{base_layer} is a 1x1 convolution, and LoRA on quantized ones is not there: take it out of "
+                "target_modules, or leave it in float by a rule with `skip:`"
+            )
         with warnings.catch_warnings():
             # peft asks a layer that it does not know for in_features and out_features, which ours has.
             warnings.filterwarnings("ignore", message="Unsupported layer type")
@@ -87,8 +92,9 @@ def split_off_branches(model: nn.Module, folder: str | Path, base: str = "") -> 
     are those of the modules of `model`, under `base_model.model.` as peft has them.
     base: for the config's `base_model_name_or_path`: where the returned model is going to be found.
     In the copy a layer keeps its class and its codes, with rank 0, if it neither smooths nor rotates: what
-    `qgraft.export` writes packed. Else an `nn.Linear` with the residual, in the layer's type, takes its place, and its
-    activations are no longer rounded. The two together are the weight of the layer, in float32 to its last bits.
+    `qgraft.export` writes packed. Else a float module with the residual takes its place, of the kind that was there
+    before and in the layer's type, and its activations are no longer rounded. The two together are the weight of the
+    layer, in float32 to its last bits.
     Raises CheckpointError if no layer has a branch, or the folder holds something else.
     """
     folder = Path(folder)
@@ -104,8 +110,9 @@ def split_off_branches(model: nn.Module, folder: str | Path, base: str = "") -> 
     tensors = {}
     for name, layer in branches.items():
         home = f"base_model.model.{name}"
-        tensors[f"{home}.lora_A.weight"] = layer.proj_down.t().contiguous()  # (R, K)
-        tensors[f"{home}.lora_B.weight"] = layer.proj_up.contiguous()  # (N, R)
+        pixels = () if layer.stride is None else (1, 1)  # over a 1x1 convolution the adapter is two of them
+        tensors[f"{home}.lora_A.weight"] = layer.proj_down.t().contiguous().unflatten(1, (-1, *pixels))  # (R, K)
+        tensors[f"{home}.lora_B.weight"] = layer.proj_up.contiguous().unflatten(1, (-1, *pixels))  # (N, R)
     most = max(ranks.values())
     patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != most}
     config = LoraConfig(
@@ -140,9 +147,23 @@ def _without_branch(layer: SVDQW4A4Linear | W4A16Linear) -> nn.Module:
     scheme = layer.scheme.model_copy(update={"rank": 0})
     rest = type(layer)(k, n, bias=False, scheme=scheme, device=device, dtype=layer.dtype)
     rest._buffers.update({name: b for name, b in layer._buffers.items() if not name.startswith("proj_")})
+    rest.stride = layer.stride
     if scheme.rotate or layer.smooth_factor is not None:
-        weight = rest.dequantize().to(layer.dtype)
-        rest = nn.Linear(k, n, bias=False, device="meta")
-        rest.weight = nn.Parameter(weight, requires_grad=False)
+        rest = _as_it_was(layer, rest.dequantize().to(layer.dtype))
     rest.bias = layer.bias
     return rest.train(layer.training)
+
+
+def _as_it_was(layer: QuantLinear, weight: Tensor) -> nn.Module:
+    """A float module of the kind that `layer` replaced, with this weight (N, K) and no bias yet."""
+    n, k = weight.shape
+    if layer.stride is not None:
+        module, weight = nn.Conv2d(k, n, 1, layer.stride, bias=False, device="meta"), weight[..., None, None]
+    elif hasattr(layer, "nf"):  # of transformers' Conv1D; `replace` carries over what a module has of its own
+        from transformers.pytorch_utils import Conv1D
+
+        module, weight = Conv1D(n, k), weight.t().contiguous()
+    else:
+        module = nn.Linear(k, n, bias=False, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
