@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qgraft import BitLinear, BitNetLinear, Quantizer
+from qgraft import BitLinear, BitNetLinear, Quantizer, Recipe
 from qgraft.quantizer.interop import bitnet
 
 # Theirs multiplies by 127 / absmax where ours divides by absmax / 127: a tie now and then is rounded the other way.
@@ -88,6 +88,10 @@ def test_what_the_layout_of_transformers_cannot_say_is_refused(tmp_path):
         bitnet.from_transformers(torch.nn.Sequential(BitLinear(8, 8)))
     with pytest.raises(ValueError, match="only bitnet layers can be written so, and the model has none"):
         bitnet.to_transformers(torch.nn.Linear(8, 8), tmp_path)
+    model = torch.nn.Sequential(torch.nn.Embedding(32, 32), BitLinear(32, 32).pack())
+    recipe = Recipe.from_dict({"scheme": "bitnet", "rules": [{"match": "Embedding", "scheme": "embedding_w8"}]})
+    with pytest.raises(ValueError, match="only bitnet layers can be written so, and the model has embedding_w8"):
+        bitnet.to_transformers(Quantizer(model).quantize(recipe, progress=False), tmp_path)
     tensors = bitnet.export_layer(BitLinear(8, 8, bias=True).pack())
     for broken, message in (
         ({"weight": tensors["weight"] | 0b11}, "ternary codes are -1, 0 and 1"),

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...kernels.packing import pack_ternary, unpack_ternary
-from ...layers import BitNetLinear, QuantLinear
+from ...layers import BitNetLinear
+from ..checkpoint import quantized_layers
 from ..surgery import replace
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def to_transformers(model: "PreTrainedModel", folder: str | Path, linear_class: 
     Raises ValueError for a model without such layers or with other quantized ones, and as :func:`export_layer`.
     """
     _check_class(linear_class)
-    ours = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    ours = quantized_layers(model)
     others = sorted({m.scheme_name for m in ours.values() if not isinstance(m, BitNetLinear)})
     if not ours or others:
         raise ValueError(f"only bitnet layers can be written so, and the model has {', '.join(others) or 'none'}")
