@@ -12,7 +12,7 @@ from forging import damage
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qgraft import Quantizer, SVDQW4A4Linear, SVDQW4A8Linear, W4A16Linear, load, save
+from qgraft import Quantizer, Recipe, SVDQW4A4Linear, SVDQW4A8Linear, W4A16Linear, load, save
 from qgraft.kernels.packing import unpack_int4
 from qgraft.quantizer import CheckpointError
 from qgraft.quantizer.interop import nunchaku
@@ -289,6 +289,10 @@ def test_a_layer_that_does_not_fit_is_not_exported_and_says_what_would(options, 
 
 
 def test_other_layers_are_not_exported():
+    model = nn.Sequential(nn.Conv2d(128, 128, 1)).bfloat16()
+    Quantizer(model).quantize(Recipe.from_dict({"scheme": {"name": "w4a4_svd", **OPTIONS}}), progress=False)
+    with pytest.raises(ValueError, match=r"replaces nn\.Linear only, and this is a 1x1 convolution"):
+        nunchaku.export_layer(model[0])
     with pytest.raises(ValueError, match="no layer like SVDQW4A8Linear, only w4a4_svd"):
         nunchaku.export_layer(SVDQW4A8Linear.from_linear(nn.Linear(128, 128).bfloat16(), **OPTIONS))
 
@@ -548,6 +552,24 @@ def test_names_say_where_the_layers_of_another_model_go(tmp_path):
     assert torch.allclose(whole.double(), weight_of(truth), atol=1e-5)
     with pytest.raises(CheckpointError, match="names: the file has no layer 'b'"):
         load_nunchaku(tmp_path / "file.safetensors", nn.Linear(1, 1), names={"b": "x"})
+
+
+def test_convolutions_of_one_pixel_take_a_layer_of_the_file_and_give_none(tmp_path):
+    truth, x = random_truth(128, 128), torch.randn(2, 128, 5, 6)
+    save_file({f"a.{leaf}": t for leaf, t in file_of(truth).items()}, tmp_path / "file.safetensors")
+    model = load_nunchaku(tmp_path / "file.safetensors", nn.Sequential(nn.Conv2d(128, 128, 1)), names={"a": "0"})
+    wanted = engine(x.movedim(1, -1).reshape(-1, 128), truth).reshape(2, 5, 6, 128).movedim(-1, 1)
+    assert relative(model(x), wanted) < 1e-3
+    sana = pytest.importorskip("diffusers").SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=64, num_layers=1, mlp_ratio=2.0,
+        num_cross_attention_heads=2, cross_attention_head_dim=64, cross_attention_dim=128, caption_channels=40,
+        sample_size=8,
+    )  # fmt: skip
+    Quantizer(sana.bfloat16()).quantize("w4a4_nunchaku", progress=False)
+    assert type(sana.transformer_blocks[0].ff.conv_point) is nn.Conv2d
+    save_nunchaku(sana, tmp_path / "out")
+    again = load_nunchaku(tmp_path / "out", type(sana).from_config(sana.config))
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in sana.state_dict().items())
 
 
 def made_for_nunchaku():

@@ -130,6 +130,8 @@ def why_not_exported(layer: nn.Module) -> str:
     """What keeps a layer from being exported, in words; "" if nothing does."""
     if type(layer) is not SVDQW4A4Linear:
         return f"nunchaku has no layer like {type(layer).__name__}, only w4a4_svd"
+    if layer.stride is not None:
+        return "nunchaku_lite replaces nn.Linear only, and this is a 1x1 convolution: a rule must leave Conv2d in float"
     s, (n, k) = layer.scheme, (layer.out_features, layer.in_features)
     if s.rotate or s.scales == "two_level" or s.group_size != layout.GROUP:
         return "nunchaku wants the options rotate: false, scales: group_half, group_size: 64; see recipe w4a4_nunchaku"

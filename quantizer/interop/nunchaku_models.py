@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...layers import QuantLinear
-from ..checkpoint import join, read_json
+from ..checkpoint import join, quantized_layers, read_json
 from ..errors import CheckpointError
+from ..kinds import shape_of
 from ..surgery import Site, find_sites, replace
 from ..weight_files import raise_all, read_kinds, read_tensors
 from . import nunchaku
@@ -137,7 +138,7 @@ def save_nunchaku(model: nn.Module, folder: str | Path) -> None:
         raise CheckpointError(f"{folder}: exists and is not an empty folder")
     if not hasattr(model, "to_json_string"):
         raise CheckpointError(f"a {type(model).__name__} is no model of diffusers: it has no config to save")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    layers = quantized_layers(model)
     raise_all(f"layer '{name}': {why}" for name, m in layers.items() if (why := nunchaku.why_not_exported(m)))
     if not layers:
         raise CheckpointError("the model has no quantized layer: call Quantizer(model).quantize(...) first")
@@ -257,8 +258,9 @@ def _build(
     engine: bool,
 ) -> dict[str, QuantLinear]:
     modules = [sites[name].module for name in target]
-    n, k = sum(m.out_features for m in modules), modules[0].in_features
-    if any(m.in_features != k for m in modules):
+    sizes, inputs = zip(*map(shape_of, modules), strict=True)
+    n, k = sum(sizes), inputs[0]
+    if set(inputs) != {k}:
         raise ValueError("the layers of the model have inputs of different sizes")
     layers = []
     for i, part in enumerate(parts):
@@ -274,8 +276,7 @@ def _build(
             shift = nunchaku.GELU_SHIFT if any(fnmatchcase(part, pattern) for pattern in shifted) else 0.0
             layers.append(nunchaku.import_layer(tensors, (n, columns), shift))
     whole = layers[0] if len(layers) == 1 else nunchaku.join_columns(layers)
-    sizes = [m.out_features for m in modules]
-    split = [whole] if len(sizes) == 1 else nunchaku.split_rows(whole, sizes)
+    split = [whole] if len(sizes) == 1 else nunchaku.split_rows(whole, list(sizes))
     for layer, module, name in zip(split, modules, target, strict=True):
         _fit_bias(layer, module, name)
         layer.train(module.training)
