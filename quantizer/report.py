@@ -182,4 +182,6 @@ def _sqnr(linear: nn.Linear, layer: QuantLayer, sample: Tensor) -> float | None:
     signal, noise = _norm(exact), _norm(layer(sample.to(layer.dtype)).float() - exact)
     if not math.isfinite(signal) or not math.isfinite(noise):
         return None  # the output is too large for the layer's type
+    if not noise:
+        signal = max(signal, 1.0)  # an output of zeros that stays so has lost nothing
     return 20 * math.log10(max(signal, TINY) / max(noise, TINY))

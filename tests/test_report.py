@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from qgraft import Quantizer, Recipe, Report
 from qgraft.quantizer import LayerReport
+from qgraft.quantizer.html.advice import advise
 
 SCHEMES = {
     "w8a32": "w8a32",
@@ -98,6 +99,17 @@ def test_a_layer_without_any_error_has_a_finite_sqnr():
     quantizer = Quantizer(nn.Sequential(linear))
     quantizer.quantize(recipe("w8a32"), calibration=torch.zeros(3, 16), progress=False)
     assert math.isfinite(quantizer.report.layers[0].output_sqnr)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_of_zeros_loses_nothing(scheme):
+    linear = nn.Linear(32, 16)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    quantizer = Quantizer(nn.Sequential(linear))
+    quantizer.quantize(recipe(scheme), calibration=torch.randn(30, 32), progress=False)
+    (found,) = quantizer.report.layers
+    assert found.weight_error == 0 and found.output_sqnr > 200 and advise([vars(found)]) == [[]]
 
 
 def test_the_report_goes_through_json_and_back(tmp_path):
