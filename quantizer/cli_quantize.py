@@ -66,7 +66,7 @@ def quantize(
         typer.Option("--stream/--no-stream", help="Layer by layer, from file to file; by default where possible."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write an HTML page of what became of each layer, too.")
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page of what became of each layer; takes longer.")
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import shutil
 from collections.abc import Iterable
@@ -29,7 +30,8 @@ def size(total: float) -> str:
     """Bytes in words: '12.3 MiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(total) < 1024 or unit == "GiB":
-            return f"{total:.0f} B" if unit == "B" else f"{total:.1f} {unit}"
+            # Halves up, as JavaScript and Vega have it: a page shows numbers of all three.
+            return f"{total:.0f} B" if unit == "B" else f"{math.floor(10 * total + 0.5) / 10:.1f} {unit}"
         total /= 1024
     raise AssertionError("unreachable")
 

@@ -3,9 +3,12 @@
 import shutil
 
 import pytest
+import torch
 from report_models import HOSTILE, made_up
+from torch import nn
 
-from qgraft.quantizer.html import page
+from qgraft import Quantizer, Recipe
+from qgraft.quantizer.html import data, page
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("vl_convert")
@@ -27,6 +30,20 @@ def browser():
         chromium.close()
 
 
+def of_every_kind(calibration):
+    """The report of layers that round inputs or not, with a branch or without, of zeros too."""
+    schemes = ("w8a16", "w8a8", {"name": "w4a8_svd", "rank": 0}, {"name": "w4a4_svd", "rank": 3}, "w8a32", "w4a4_svd")
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in schemes))
+    for zero in model[4:]:
+        nn.init.zeros_(zero.weight)
+    rules = [{"match": [str(i)], "scheme": scheme} for i, scheme in enumerate(schemes)]
+    quantizer = Quantizer(model)
+    quantizer.quantize(
+        Recipe.from_dict({"rules": rules, "min_features": 1}), calibration=calibration, progress=False, details=True
+    )
+    return data.from_report(quantizer.report, model=model)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     base = tmp_path_factory.mktemp("pages")
@@ -35,6 +52,8 @@ def files(tmp_path_factory):
         row["weight_error"] /= 2
     one, two = made_up(9, HOSTILE, hostile=True, note=HOSTILE), made_up(9, "other", hostile=True)
     pages = {"two": [a, b], "hostile": [one, two], "many": [made_up(MANY)], "none": [made_up(0)]}
+    pages["real"] = [of_every_kind(torch.randn(80, 64))]
+    pages["no data"] = [of_every_kind(None)]
     for name, reports in pages.items():
         page.write(reports, base / f"{name}.html")
     return base
@@ -211,6 +230,21 @@ def test_hostile_names_are_text_everywhere(opened):
     tab.hover("#error .mark-symbol path >> nth=0", force=True)
     tab.wait_for_selector("#compare svg path")
     assert tab.locator("img").count() == 0 and tab.locator("script").count() == 3
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("real", 3), ("no data", 2)])
+def test_layers_of_every_kind_are_drawn_without_a_word_on_the_console(opened, name, drawn):
+    tab = opened(name)
+    for layer in "012345":
+        tab.select_option("#chosen", layer)
+        figures = drawn - (layer in "45")  # zeros have no singular values
+        tab.wait_for_function(f"document.querySelectorAll('#layer .three svg').length == {figures}")
+        shown = tab.inner_text("#layer")
+        assert not any(word in shown for word in ("NaN", "Infinity", "undefined", "[object")), shown
+        assert ("All weights are zero" in shown) == (layer in "45")
+        row = tab.locator("#table tbody tr.chosen td").all_inner_texts()
+        before, after = (cell for cell in row if cell.endswith("iB"))
+        assert f"{before} → {after}" in shown, "16.25 KiB are one number everywhere"
 
 
 def test_a_page_of_no_layers_opens(opened):

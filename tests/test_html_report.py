@@ -2,9 +2,11 @@
 
 import copy
 import json
+import random
 import re
 import shutil
 import sys
+from fractions import Fraction
 from html.parser import HTMLParser
 
 import pytest
@@ -115,6 +117,25 @@ def test_a_report_in_memory_says_the_same_as_its_folder(folders):
     assert whole.after == data.read(folders[0]).after
     assert alone.after == sum(row.bytes_after for row in quantizer.report.layers)
     assert whole.rows[0]["options"]["rank"] == 8
+
+
+def test_layers_that_lose_nothing_do_not_lift_the_mean_of_the_others():
+    found = made_up(5)
+    known = [row["output_sqnr"] for row in found.rows if row["output_sqnr"] is not None]
+    found.rows[0]["output_sqnr"] = 311.0
+    assert found.sqnr == pytest.approx(sum(known[1:]) / 3)
+    for row in found.rows:
+        row["output_sqnr"] = 311.0
+    assert found.sqnr == 311.0
+
+
+def test_sizes_are_rounded_as_the_script_of_the_page_does():
+    sizes = [random.randrange(1 << 34) >> random.randrange(30) for _ in range(50)]
+    for bytes_ in (0, 1023, 334080, 3 * 256, 1048575, *sizes):
+        number, unit = page.size(bytes_).split()
+        exact = Fraction(bytes_, {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[unit])
+        assert Fraction(number) - Fraction(1, 20) <= exact < Fraction(number) + Fraction(1, 20), "halves go up"
+    assert page.size(334080) == "326.3 KiB"  # 326.25
 
 
 def test_the_mean_weight_error_is_that_of_all_weights_together(shown):

@@ -83,25 +83,31 @@ def histogram(what: str) -> Spec:
         "axis": {"values": [0, 0.01, 0.1, 1, 10, 100], "format": "~r"},
         "stack": None,
     }
-    floor = {"datum": 0}
     colour = {
         "field": "which",
         "type": "nominal",
         "title": None,
         "scale": {"domain": ["before", "after"], "range": [BEFORE, AFTER]},
+        "legend": {"symbolOpacity": 0.6},
     }
     tooltip = [{"field": name, "format": ".4~g"} for name in ("from", "to", "share")] + [{"field": "which"}]
-    before = {
-        "transform": [{"filter": "datum.which == 'before'"}],
-        "mark": {"type": "bar", "opacity": 0.6, "binSpacing": 0},
-        "encoding": {"x": value, "x2": {"field": "to"}, "y": share, "y2": floor, "color": colour, "tooltip": tooltip},
-    }
-    after = {
-        "transform": [{"filter": "datum.which == 'after'"}],
-        "mark": {"type": "bar", "fillOpacity": 0, "stroke": AFTER, "strokeWidth": 1.2, "binSpacing": 0},
-        "encoding": {"x": value, "x2": {"field": "to"}, "y": share, "y2": floor, "tooltip": tooltip},
-    }
-    return _lite(f"Histogram of {what}, before and after quantization.", layer=[before, after], height=170)
+    is_after = "datum.which == 'after'"
+    # One mark for both, as a layer of its own would be empty where nothing is rounded, and Vega warns of that.
+    return _lite(
+        f"Histogram of {what}, before and after quantization.",
+        height=170,
+        mark={"type": "bar", "binSpacing": 0, "strokeWidth": 1.2},
+        encoding={
+            "x": value,
+            "x2": {"field": "to"},
+            "y": share,
+            "y2": {"datum": 0},
+            "color": colour,
+            "fillOpacity": {"condition": {"test": is_after, "value": 0}, "value": 0.6},
+            "stroke": {"condition": {"test": is_after, "value": AFTER}, "value": None},
+            "tooltip": tooltip,
+        },
+    )
 
 
 def spectrum() -> Spec:
@@ -127,9 +133,13 @@ def spectrum() -> Spec:
         },
     }
     rule = {
-        "transform": [{"filter": "datum.index == 1 && datum.rank > 0"}],
+        "transform": [{"filter": "datum.index == 1"}],
         "mark": {"type": "rule", "strokeDash": [4, 3], "color": COLOURS[5]},
-        "encoding": {"x": {"field": "rank", "type": "quantitative"}},
+        # Unseen where there is no branch; filtered out it would leave Vega an axis of nothing, which it warns of.
+        "encoding": {
+            "x": {"field": "rank", "type": "quantitative"},
+            "opacity": {"condition": {"test": "datum.rank > 0", "value": 1}, "value": 0},
+        },
     }
     return _lite("Singular values of the weight, and the rank that was chosen.", layer=[points, rule], height=170)
 

@@ -232,6 +232,7 @@
   }
 
   function aboutSpectrum({ values, energy, rank }) {
+    if (!energy) return "All weights are zero, and so are their singular values.";
     const share = (n) => (100 * values.slice(0, n).reduce((sum, v) => sum + v * v, 0)) / energy;
     const first = `The ${values.length} largest hold ${share(values.length).toFixed(1)} % of the weight's energy (squares)`;
     if (!rank) return first + ".";
