@@ -65,6 +65,7 @@ def test_a_low_ratio_is_said_even_where_all_are_low():
 def test_what_does_no_harm_is_not_pointed_at():
     rows = [row(f"l.{i}", "w8a16", 0.004 + i * 1e-6, 45 + i * 1e-3) for i in range(20)]
     assert not any(advise([*rows, row("bad", "w8a16", 0.015, 37.0)]))
+    assert not any(advise([*usual(), row("weights alone", error=0.4, sqnr=35.0)])), "the output is what counts"
 
 
 def test_schemes_are_not_compared_with_each_other():

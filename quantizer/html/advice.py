@@ -103,14 +103,16 @@ def _of(row: Row, errors: tuple[float, float] | None, sqnrs: tuple[float, float]
     found = []
     error, sqnr = row.get("weight_error"), row.get("output_sqnr")
     bad_weight = bad_output = False
-    if error and error > HARMLESS_ERROR and errors:
+    # With data, weights are chosen for the error of the output; where that is small, theirs does no harm.
+    fine = sqnr is not None and sqnr >= HARMLESS_SQNR
+    if error and error > HARMLESS_ERROR and errors and not fine:
         median, deviation = errors
         far = math.log(error) - median
         bad_weight = far > FAR * deviation and far > math.log(WORSE_ERROR)
         if bad_weight:
             what = f"{WEIGHT_ERROR}: {100 * error:.2f} %, where the median of {row['scheme']} is "
             found.append(Advice(what + f"{100 * math.exp(median):.2f} %", *_more_bits_for_weights(row)))
-    if sqnr is not None and sqnr < HARMLESS_SQNR and sqnrs:
+    if sqnr is not None and not fine and sqnrs:
         median, deviation = sqnrs
         bad_output = median - sqnr > max(FAR * deviation, WORSE_DECIBEL)
         if bad_output and not bad_weight:
