@@ -52,6 +52,9 @@ def files(tmp_path_factory):
         row["weight_error"] /= 2
     one, two = made_up(9, HOSTILE, hostile=True, note=HOSTILE), made_up(9, "other", hostile=True)
     pages = {"two": [a, b], "hostile": [one, two], "many": [made_up(MANY)], "none": [made_up(0)]}
+    pages["wide"] = [wide := made_up(1000)]
+    for i, (row, module) in enumerate(zip(wide.rows, wide.modules, strict=True)):
+        row["name"] = module["name"] = f"experts.{i - i % 2}.{i % 2}"
     pages["real"] = [of_every_kind(torch.randn(80, 64))]
     pages["no data"] = [of_every_kind(None)]
     for name, reports in pages.items():
@@ -203,6 +206,18 @@ def test_the_tree_is_entered_by_list_and_by_click(opened):
     tab.wait_for_function("document.getElementById('root').value == 'model'")
     tab.get_by_label("before", exact=True).check()
     assert everything.count() == 30
+
+
+def test_modules_beyond_those_that_are_listed_are_entered_too(opened):
+    tab = opened("wide")
+    assert tab.locator("#root option").count() == 400
+    tab.get_by_label("before", exact=True).check()
+    tab.get_by_role("button", name="998", exact=True).click()
+    assert tab.input_value("#root") == "experts.998" and "experts.998" in tab.inner_text("#inside caption")
+    tab.get_by_label("after", exact=True).check()
+    tab.wait_for_function("document.querySelectorAll('#tree .mark-rect:first-of-type path').length == 2")
+    tab.locator("#tree svg").click(position={"x": 600, "y": 200})
+    tab.wait_for_function("document.getElementById('h-layer').textContent.includes('experts.998.')")
 
 
 def test_two_reports_stand_beside_each_other(opened):

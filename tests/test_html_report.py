@@ -98,6 +98,12 @@ def test_the_tree_has_every_byte_once_and_one_root(shown):
     assert totals["blocks.1"] == [up[which] + down[which] for which in ("before", "after")]
 
 
+def test_blocks_stand_in_the_order_of_their_numbers():
+    modules = [{"name": f"m.{i}.fc", "scheme": None, "before": 8, "after": 8} for i in random.sample(range(12), 12)]
+    inner = [node["id"] for node in data.tree(modules) if node["parent"] == "m"]
+    assert inner == [f"m.{i}" for i in range(12)]
+
+
 def test_the_tree_begins_where_there_is_something_to_choose_from(shown):
     assert data.top(data.tree(shown[0].modules)) == data.ROOT
     assert data.top(data.tree(made_up(30).modules)) == "model.layers"

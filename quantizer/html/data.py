@@ -221,7 +221,7 @@ def tree(modules: Iterable[Row]) -> list[Row]:
     for module in modules:
         parts = module["name"].split(".")
         inner.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
-    nodes = [_node(name, name, None if name == "" else _above(name)) for name in sorted(inner)]
+    nodes = [_node(name, name, None if name == "" else _above(name)) for name in sorted(inner, key=_natural)]
     for module in modules:
         name = module["name"]
         own = name in inner
@@ -254,6 +254,11 @@ def _node(name: str, label: str, parent: str | None) -> Row:
 
 def _above(name: str) -> str:
     return name.rpartition(".")[0] or ROOT
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _is_plain(value: Any) -> bool:

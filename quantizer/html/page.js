@@ -241,21 +241,20 @@
 
   // -- bytes -----------------------------------------------------------------------------------------------------
 
-  const CHILDREN = 400; // of which a list can be chosen from
+  const CHILDREN = 400; // of which a list can be chosen from; one more where a click leads to it
+  let at = root; // the module that is looked into
   async function modules() {
     const { tree, spec } = reports[shown];
     const inner = tree.filter((node) => node.after === undefined).slice(0, CHILDREN);
-    $("#root").replaceChildren(...inner.map((node) => {
-      const option = element("option", node.id);
-      option.value = node.id;
-      return option;
-    }));
+    $("#root").replaceChildren(...inner.map(({ id }) => new Option(id, id)));
     await draw("tree", spec, tree, into);
     await enter(reports[shown].top);
   }
 
   async function enter(id) {
+    at = id;
     $("#root").value = id;
+    if ($("#root").value !== id) $("#root").add(new Option(id, id, true, true));
     const measure = $("input[name=measure]:checked").value;
     inside(id, measure);
     if (views.tree) await views.tree.view.signal("root", id).signal("measure", measure).runAsync();
@@ -296,7 +295,6 @@
 
   function into({ id }) {
     const nodes = reports[shown].tree;
-    const at = $("#root").value;
     let node = nodes.find((n) => n.id === id);
     if (reports[shown].rows.some((row) => row.name === id)) choose(id, false);
     while (node && node.parent !== at) node = nodes.find((n) => n.id === node.parent);
@@ -384,7 +382,7 @@
   $("#only").addEventListener("change", filter);
   $("#chosen").addEventListener("change", (event) => choose(event.target.value, false));
   $("#root").addEventListener("change", (event) => enter(event.target.value));
-  for (const radio of $$("input[name=measure]")) radio.addEventListener("change", () => enter($("#root").value));
+  for (const radio of $$("input[name=measure]")) radio.addEventListener("change", () => enter(at));
   $("#shown")?.addEventListener("change", (event) => show(Number(event.target.value)));
   $("#other")?.addEventListener("change", (event) => beside(event.target.value === "" ? null : Number(event.target.value)));
   addEventListener("resize", () => views.tree?.view.width($("#tree").clientWidth).runAsync());
