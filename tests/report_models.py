@@ -56,7 +56,7 @@ def made_up(count, name="made up", hostile=False, **extra):
                 "in_features": 1024,
                 "out_features": 1000 + i,
                 "weight_error": 0.5 if i == 7 else random.uniform(0.095, 0.105),
-                "output_sqnr": None if i == 3 else random.uniform(20, 22),
+                "output_sqnr": {3: None, 7: 12.0}.get(i, random.uniform(20, 22)),
                 "bytes_before": 4 * 1024 * (1000 + i),
                 "bytes_after": 600 * (1000 + i),
                 "tokens": 4096,

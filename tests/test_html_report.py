@@ -19,7 +19,7 @@ from torch import nn
 from qgraft import Quantizer, Recipe, Report, save
 from qgraft.quantizer import CheckpointError, cli
 from qgraft.quantizer.cli_report import Kind
-from qgraft.quantizer.html import data, drawing, page
+from qgraft.quantizer.html import data, drawing, figures, page
 from qgraft.quantizer.html.advice import notes_on_rest
 from qgraft.quantizer.html.against import fill_details
 
@@ -248,6 +248,13 @@ def test_the_advice_stands_on_the_page_with_the_worst_layer_first():
     assert text.count('class="flagged"') == 2  # the outlier, and the one without a ratio
 
 
+def test_where_outputs_are_known_the_worst_of_them_comes_first():
+    rows = [{**row, "output_sqnr": 30.0, "weight_error": 0.1} for row in made_up(20).rows]
+    rows[4] |= {"output_sqnr": 20.0, "weight_error": 0.11}
+    rows[5] |= {"output_sqnr": 10.5, "weight_error": 0.05}
+    assert data.Shown("", rows, []).flagged == [5, 4]
+
+
 def test_what_stays_in_float_is_named_where_it_is_much_of_the_result():
     blocks = [{"name": f"blocks.{i}.experts", "scheme": None, "before": 90, "after": 90} for i in range(3)]
     small = [{"name": "norm", "scheme": None, "before": 1, "after": 1}]
@@ -293,6 +300,16 @@ def test_every_figure_is_drawn_with_what_it_shows(kind, shown, tmp_path, capfd):
     assert text.count("<path") >= marks.get(kind, 2) and "ERROR" not in capfd.readouterr().err
     words = {"spectrum": "in the branch", "tree": "blocks", "tradeoff": "eight", "activations": "activations"}
     assert words.get(kind, "four" if kind not in drawing.OF_ONE_LAYER else "blocks.1.up") in text
+
+
+@pytest.mark.parametrize("largest", [3e-4, 0.7, 67.0, 400.0, 30000.0])
+def test_numbers_at_an_axis_are_written_out(largest):
+    bins = [{"from": largest * i / 9, "to": largest * (i + 1) / 9, "share": 5, "which": "before"} for i in range(-9, 9)]
+    pairs = [{"index": 1, "name": "a", "report": r, "value": v} for r, v in (("x", largest / 2), ("y", largest))]
+    specs = [(figures.histogram("weights"), bins), *((figures.compare(m), pairs) for m in figures.MEASURES)]
+    for spec, found in specs:
+        svg = drawing.converter().vegalite_to_svg(figures.with_rows(spec, found))
+        assert not re.search(r"<text[^>]*>[^<]*\de[+−-]?\d", svg)
 
 
 @pytest.mark.parametrize("suffix", MAGIC)

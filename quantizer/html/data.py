@@ -63,9 +63,9 @@ class Shown:
 
     @property
     def flagged(self) -> list[int]:
-        """Indices of the layers there is advice for, the largest weight error first."""
+        """Indices of the layers there is advice for, the largest error first: of the output if it is known."""
         found = [i for i, items in enumerate(self.advice) if items]
-        return sorted(found, key=lambda i: -self.rows[i]["weight_error"])
+        return sorted(found, key=lambda i: -_error(self.rows[i]))
 
     @property
     def rules(self) -> str:
@@ -259,6 +259,11 @@ def _above(name: str) -> str:
 def _natural(name: str) -> list[tuple[bool, int, str]]:
     """Sorts layers.2 before layers.10."""
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
+
+
+def _error(row: Row) -> float:
+    sqnr = row.get("output_sqnr")
+    return row["weight_error"] if sqnr is None else 10 ** (-sqnr / 20)
 
 
 def _is_plain(value: Any) -> bool:

@@ -72,7 +72,7 @@ def histogram(what: str) -> Spec:
         "type": "quantitative",
         "title": what,
         "scale": {"zero": False, "nice": False},
-        "axis": {"tickCount": 5, "format": "~g", "labelOverlap": True, "labelSeparation": 6},
+        "axis": {"tickCount": 5, "format": "~r", "labelOverlap": True, "labelSeparation": 6},
     }
     share = {
         "field": "share",
@@ -185,7 +185,7 @@ def compare(measure: str) -> Spec:
         "type": "quantitative",
         "title": title,
         "scale": scale,
-        "axis": {"format": "~g", "tickCount": 5},
+        "axis": {"format": "~r", "tickCount": 5},  # "~g" writes 40 as 4e+1
     }
     between = {
         "mark": {"type": "line", "strokeWidth": 1, "color": BEFORE, "opacity": 0.6},
