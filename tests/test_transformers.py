@@ -247,7 +247,12 @@ def test_lora_of_transformers_own_is_saved_as_an_adapter_only(tmp_path):
     from qgraft.quantizer.interop.peft import on_quantized
 
     model = quantized(llama(), "w8a16")
-    model.add_adapter(on_quantized(peft.LoraConfig(r=2, target_modules=["q_proj"])))
+    try:
+        model.add_adapter(on_quantized(peft.LoraConfig(r=2, target_modules=["q_proj"])))
+    except ValueError as error:  # 5.24 asks for a peft that is not released yet; 4.57 takes this one
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     model.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
     assert not (tmp_path / "model.safetensors").exists()
