@@ -16,6 +16,7 @@ quantization then stops at a wrong shape, where it would otherwise go on with ra
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,8 @@ VERSION = 2
 CONFIG, WEIGHTS, REPORT = "config.json", "model.safetensors", "report.json"
 GENERATION = "generation_config.json"
 INDEX = WEIGHTS + ".index.json"
+# What `save` calls its weight files; no other is opened, whatever a config or an index names.
+WEIGHT_FILE = re.compile(r"model(-\d{5,9}-of-\d{5,9})?\.safetensors")
 SHARD_BYTES = 5_000_000_000
 GUARD = "weight"
 # The types that every safetensors reader knows, by their names in the file.
@@ -355,9 +358,10 @@ def check_target(path: Path) -> None:
 
 def _keep_other_files(path: Path, work: Path) -> None:
     """Copy what is not of the old checkpoint itself; links stay links."""
-    ours = {CONFIG, REPORT, *(read_config(path)["files"] if any(path.iterdir()) else ())}
+    # By their names, because not every config records them; and a model.safetensors goes before an index.
     for file in path.iterdir():
-        if file.name in ours or os.path.lexists(work / file.name):
+        ours = file.name in (CONFIG, REPORT, INDEX) or WEIGHT_FILE.fullmatch(file.name)
+        if ours or os.path.lexists(work / file.name):
             continue
         if file.is_dir() and not file.is_symlink():
             shutil.copytree(file, work / file.name, symlinks=True)

@@ -1,6 +1,5 @@
 """The weight files of a checkpoint: which they are, what they hold, and their tensors."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import CONFIG, DTYPES, INDEX, WEIGHTS, fingerprint_matches, read_json
+from .checkpoint import CONFIG, DTYPES, INDEX, WEIGHT_FILE, WEIGHTS, fingerprint_matches, read_json
 from .errors import CheckpointError, some
 
-# What `save` calls its files; nothing else is opened, whatever a config or an index names.
-WEIGHT_FILE = re.compile(r"model(-\d{5,9}-of-\d{5,9})?\.safetensors")
 BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 ALIGNMENT = 64
 

@@ -1,5 +1,6 @@
 """The folder that save writes: a crash never costs the old checkpoint, and files of others are kept."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -122,6 +123,20 @@ def test_saving_over_a_checkpoint_keeps_the_files_of_others_and_drops_its_own_ol
     assert found == {*ours, "tokenizer.json", "adapter.safetensors", "runs/deep/log", "link", "broken"}
     assert (out / "link").is_symlink() and (out / "link").read_text() == "{}"
     assert (out / "adapter.safetensors").read_bytes() == b"of somebody else"
+    assert is_loaded_from(out, model)
+
+
+@pytest.mark.parametrize(("old", "new"), [(10_000, 300), (300, 10_000)], ids=["one file by several", "several by one"])
+def test_weights_that_no_config_records_are_replaced_like_those_of_save(tmp_path, old, new):
+    """As in a folder that transformers wrote. Readers take what is called model.safetensors before an index."""
+    out = tmp_path / "out"
+    save(quantized(), out, shard_bytes=old)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["files"] = {}
+    (out / "config.json").write_text(json.dumps(config))
+    save(model := quantized(), out, shard_bytes=new)
+    recorded = json.loads((out / "config.json").read_text())["quantization_config"]["files"]
+    assert {p.name for p in out.iterdir()} == {*recorded, "config.json", "report.json"}
     assert is_loaded_from(out, model)
 
 
