@@ -61,7 +61,7 @@ class Partial:
         lock = FileLock(self.lock, timeout=0)
         try:
             lock.acquire()
-        except Timeout:
+        except (Timeout, FileNotFoundError):  # or it ends just now, and clears the folder away
             raise CheckpointError(f"{self.path}: another process is writing it; wait, or stop that one") from None
         try:
             yield

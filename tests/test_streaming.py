@@ -13,7 +13,7 @@ from torch import nn
 
 import qgraft
 from qgraft import Quantizer, Recipe, quantize_files
-from qgraft.quantizer import CheckpointError, QuantizeError, checkpoint, cli, streaming
+from qgraft.quantizer import CheckpointError, QuantizeError, checkpoint, cli, partial, streaming
 from qgraft.quantizer.errors import CalibrationError
 from qgraft.quantizer.float_files import CannotStream
 from qgraft.quantizer.partial import Partial
@@ -230,6 +230,17 @@ def test_two_runs_do_not_write_one_folder(folder, tmp_path):
     stream(folder, tmp_path / "out")
 
 
+def test_a_run_that_begins_when_another_clears_its_folder_away_is_refused_in_the_same_words(
+    folder, tmp_path, monkeypatch
+):
+    def cleared(lock):
+        raise FileNotFoundError(lock.lock_file)
+
+    monkeypatch.setattr(partial.FileLock, "acquire", cleared)
+    with pytest.raises(CheckpointError, match="another process is writing it"):
+        stream(folder, tmp_path / "out")
+
+
 # -- interrupted -------------------------------------------------------------------------------------------------------
 
 
@@ -268,12 +279,12 @@ def test_one_that_ends_in_the_last_step_over_an_old_checkpoint_goes_on_with_the_
 def test_what_was_left_of_a_folder_that_was_being_cleared_away_is_no_part_of_the_next_run(
     folder, tmp_path, monkeypatch
 ):
-    partial = Partial(tmp_path / "out")
+    left = Partial(tmp_path / "out")
     interrupted(monkeypatch, folder, tmp_path / "out", "write_json", checkpoint)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
-        partial.done()
-    assert any(partial.parts.iterdir()) and any(partial.checkpoint.iterdir())
+        left.done()
+    assert any(left.parts.iterdir()) and any(left.checkpoint.iterdir())
     other = {"scheme": {"name": "w4a8_svd", "rank": 8, "smooth": "none"}}
     stream(folder, tmp_path / "out", other, shard_bytes=9000)
     stream(folder, tmp_path / "fresh", other, shard_bytes=9000)
@@ -281,12 +292,12 @@ def test_what_was_left_of_a_folder_that_was_being_cleared_away_is_no_part_of_the
 
 
 def test_files_that_were_being_written_go_when_the_next_run_begins(folder, tmp_path, monkeypatch):
-    partial = Partial(tmp_path / "out")
+    root = Partial(tmp_path / "out").root
     interrupted(monkeypatch, folder, tmp_path / "out", "graft_empty", streaming)
     for name in (".tmpAB12CD", "00003.safetensors.4711.new"):
-        (partial.root / name).write_bytes(b"half of it")
+        (root / name).write_bytes(b"half of it")
     interrupted(monkeypatch, folder, tmp_path / "out", "graft_empty", streaming)
-    assert {file.name for file in partial.root.iterdir()} <= {"job.json", "parts", "checkpoint", "lock"}
+    assert {file.name for file in root.iterdir()} <= {"job.json", "parts", "checkpoint", "lock"}
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
