@@ -119,12 +119,12 @@ class FloatFiles:
             raise CannotStream(f"{self.folder}: the files do not hold {len(missing)} tensors: {some(missing)}")
         problems = []
         for name, origin in self.origins.items():
-            shape, dtype = self.kinds[origin.keys[0]]
-            wanted = self.state[name]
+            shape, wanted = self.kinds[origin.keys[0]][0], self.state[name]
+            others = [dtype for key in origin.keys if (dtype := self.kinds[key][1]) not in FLOATS]
             if origin.make is None and shape != tuple(wanted.shape):
                 problems.append(f"{name!r} has shape {shape} in the files, {tuple(wanted.shape)} in the model")
-            elif wanted.dtype in FLOATS and dtype not in FLOATS:
-                problems.append(f"{name!r} is {dtype or 'of an unknown type'} in the files, not float")
+            elif wanted.dtype in FLOATS and others:
+                problems.append(f"{name!r} is {others[0] or 'of an unknown type'} in the files, not float")
         if problems:
             raise CheckpointError(f"{self.folder}: {some(problems)}")
 

@@ -15,7 +15,7 @@ import qgraft
 from qgraft import Quantizer, Recipe, quantize_files
 from qgraft.quantizer import CheckpointError, QuantizeError, checkpoint, cli, partial, streaming
 from qgraft.quantizer.errors import CalibrationError
-from qgraft.quantizer.float_files import CannotStream
+from qgraft.quantizer.float_files import CannotStream, FloatFiles, Origin
 from qgraft.quantizer.partial import Partial
 
 SVD = {"scheme": {"name": "w4a8_svd", "rank": 8}}
@@ -179,6 +179,21 @@ def test_files_that_do_not_fit_are_refused_before_the_first_layer(folder, tmp_pa
     with pytest.raises(CheckpointError, match="outside of the folder"):
         stream(folder, tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_each_tensor_that_another_is_made_from_has_to_be_float(tmp_path):
+    halves = {"upper": torch.randn(3, 8), "lower": torch.randn(3, 8)}
+    origin = Origin(("upper", "lower"), lambda tensors: {"weight": torch.cat([*tensors.values()])})
+
+    def read():
+        save_file(halves, tmp_path / "model.safetensors")
+        model = nn.Linear(8, 6, bias=False, device="meta")
+        return FloatFiles(tmp_path, model, lambda *_: {"weight": origin}).read(["weight"])["weight"]
+
+    assert torch.equal(read(), torch.cat([*halves.values()]))
+    halves["lower"] = halves["lower"].to(torch.int8)
+    with pytest.raises(CheckpointError, match="'weight' is torch.int8 in the files, not float"):
+        read()
 
 
 def test_a_tensor_in_no_file_and_tied_ones_that_differ_cannot_be_streamed(folder, tmp_path):
