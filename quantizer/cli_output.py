@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..recipes import RecipeError
 from .errors import QGraftError
-from .names import unbroken
+from .names import narrowed, unbroken
 
 FAILED = 1
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
@@ -39,6 +39,8 @@ def show(*parts: RenderableType) -> None:
         wanted = unbroken(part, console) if free and isinstance(part, Table) else None
         if wanted is not None:
             console.width = wanted
+        elif isinstance(part, Table):
+            narrowed(part, console.width)
         console.print(part)
         console.width = None
 

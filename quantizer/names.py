@@ -10,6 +10,8 @@ from rich.text import Text
 
 LAYER = "layer"  # the first column of a table of layers
 MOST_OF_OTHERS = 44  # columns for reasons and options, which are read and not searched for
+NARROW = 72  # fewer columns leave names no room beside all numbers
+SPARED = ("shape", "bits", "before", "seconds")
 MAY_END = re.compile(r"(?<=\.)|(?= )")
 
 
@@ -33,6 +35,12 @@ class Name:
                     piece, line = piece.lstrip(), ""
                 line += piece
         yield Text(line, overflow="fold")
+
+
+def narrowed(table: Table, width: int) -> None:
+    """Take from a table of layers what a narrow terminal has no room for."""
+    if width < NARROW and table.columns and table.columns[0].header == LAYER:
+        table.columns = [column for column in table.columns if column.header not in SPARED]
 
 
 def unbroken(table: Table, console: Console) -> int | None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..layers import EMBEDDINGS
-from .names import LAYER, Name
+from .names import LAYER, Name, narrowed
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -49,6 +49,7 @@ def text_width() -> int:
 def to_text(table: Table) -> str:
     """The table as plain text without colours."""
     console = Console(file=io.StringIO(), width=text_width(), color_system=None)
+    narrowed(table, console.width)
     console.print(table)
     return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 

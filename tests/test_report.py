@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from qgraft import Quantizer, Recipe, Report
 from qgraft.quantizer import LayerReport
+from qgraft.quantizer.cli_output import show
 from qgraft.quantizer.html.advice import advise
 
 SCHEMES = {
@@ -169,6 +170,18 @@ def test_printed_text_is_as_wide_as_the_terminal_up_to_100_columns(monkeypatch):
     for columns, width in (("80", 80), ("200", 100)):
         monkeypatch.setenv("COLUMNS", columns)
         assert width - 5 < max(map(len, str(long).splitlines())) <= width
+
+
+def test_a_narrow_terminal_shows_fewer_numbers_so_that_names_stay_whole(monkeypatch, capsys):
+    report = Report(tuple(row(f"model.layers.{i}.self_attn.{name}_proj") for i in range(30) for name in "qk"))
+    plan = Quantizer(nn.ModuleDict({"attention": nn.Linear(64, 64)})).plan("w8a32")
+    monkeypatch.setenv("COLUMNS", "60")
+    show(report.table(), plan.table())
+    for text in (capsys.readouterr().out, str(report) + "\n" + str(plan)):
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= 60 and not any(word in text for word in ("seconds", "before", "shape"))
+        assert any("model.layers.{0-29}." in line and "1.00 %" in line and "30.0 dB" in line for line in lines)
+        assert any("attention" in line and "w8a32" in line and "4.5 KiB" in line for line in lines)
 
 
 def test_a_printed_report_says_that_calibration_was_forgotten_where_it_helps():
