@@ -91,6 +91,10 @@ def on_post_page(output: str, **_: Any) -> str:
     )
 
 
+def on_post_template(output_content: str, **_: Any) -> str:
+    return on_post_page(output_content)  # the page for addresses that are not there
+
+
 def public_names() -> str:
     """What the package exports, but for the layers, which have a page of their own."""
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
