@@ -59,7 +59,7 @@ def test_every_page_of_the_tutorial_is_in_it(site):
 
 def test_pages_need_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
-        assert 'data-md-component="source"' not in page.read_text(encoding="utf-8"), f"{page.name} asks GitHub for stars"
+        assert 'data-md-component="source"' not in page.read_text(encoding="utf-8"), f"{page.name} asks GitHub"
         if page.name != "404.html":  # which is served at any address, so its links are absolute
             for url in Loaded(page).urls:
                 assert not re.match(r"https?:|//", url), f"{page.name} fetches {url}"

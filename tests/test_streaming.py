@@ -192,7 +192,7 @@ def test_each_tensor_that_another_is_made_from_has_to_be_float(tmp_path):
 
     assert torch.equal(read(), torch.cat([*halves.values()]))
     halves["lower"] = halves["lower"].to(torch.int8)
-    with pytest.raises(CheckpointError, match="'weight' is torch.int8 in the files, not float"):
+    with pytest.raises(CheckpointError, match=r"'weight' is torch\.int8 in the files, not float"):
         read()
 
 
