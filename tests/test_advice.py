@@ -82,6 +82,7 @@ def test_the_report_as_a_whole_misses_data():
     assert "No calibration data" in notes_on([row(tokens=0, sqnr=None)])[0]
     assert "did not reach 1 layer: b" in notes_on([row(), row("b", tokens=0, sqnr=None)])[0]
     assert "fewer tokens" in notes_on([row(tokens=200)])[0]
+    assert notes_on([row(scheme="w8a16", tokens=200)]) == [], "which learns nothing from them"
     assert notes_on([row()]) == [] and notes_on([row(scheme="embedding_w8", tokens=0)]) == []
 
 

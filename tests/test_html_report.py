@@ -264,6 +264,9 @@ def test_what_stays_in_float_is_named_where_it_is_much_of_the_result():
     assert "norm" not in note and "embedding_w8" not in note
     (note,) = notes_on_rest([{"name": "embed_tokens", "scheme": None, "before": 90, "after": 90}, *done])
     assert "embed_tokens (90 B)." in note and "embedding_w8" in note
+    embedders = ("emb.timestep_embedder.linear_1", "x_embedder", "pos_embed.proj")
+    (note,) = notes_on_rest([{"name": n, "scheme": None, "before": 90, "after": 90} for n in embedders] + done)
+    assert "x_embedder" in note and "embedding_w8" not in note, "these are linear layers"
     assert notes_on_rest(small + done) == [] == notes_on_rest([])
 
 

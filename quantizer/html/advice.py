@@ -44,6 +44,8 @@ BLIND = (
     ", and schemes that learn from data worked from the weights alone. Quantize with data like the model's own "
     "(calibration=..., on the command line --calibration)."
 )
+# A table of vectors; the embedders of diffusion models are linear layers.
+EMBEDDING_NAME = re.compile(r"(embed(?!der)|wte)[^.]*$")
 WEIGHT_ERROR, OUTPUT_ERROR = "weight error stands out", "output error stands out"
 
 
@@ -74,11 +76,11 @@ def notes_on(rows: list[Row]) -> list[str]:
         )
     elif blind:
         found.append(f"The calibration data did not reach {count(len(blind), 'layer')}: {_some(blind)}.")
-    few = [row for row in linear if 0 < row.get("tokens", 0) < row["in_features"]]
+    few = [r for r in linear if 0 < r.get("tokens", 0) < r["in_features"] and r["scheme"] not in NO_DATA]
     if few:
         found.append(
             f"{count(len(few), 'layer')} saw fewer tokens than they have input features ({_some(few)}): statistics "
-            "of so few are noisy. More calibration text makes them better."
+            "of so few are noisy. More calibration data makes them better."
         )
     return found
 
@@ -94,7 +96,7 @@ def notes_on_rest(modules: list[Row]) -> list[str]:
     text = f"{size(left)} of the {size(whole)} ({100 * left / whole:.0f} %) are not quantized: "
     text += ", ".join(f"{name} ({size(sums[0])})" for name, _, sums in large)
     text += ", and others." if len(large) < len(alike) else "."
-    if any(part in name.lower() for name, *_ in large for part in ("embed", "wte")):
+    if any(EMBEDDING_NAME.search(name.lower()) for name, *_ in large):
         text += " A rule with `scheme: embedding_w8` makes an embedding four times smaller than float32."
     return [text + " `qgraft plan` says why each layer stays."]
 
