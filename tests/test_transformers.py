@@ -154,6 +154,25 @@ def test_a_device_map_and_a_type_are_followed_and_scales_keep_theirs(tmp_path, d
     assert torch.equal(answer(loaded), answer(cast(copy.deepcopy(model), torch.bfloat16)))
 
 
+@pytest.mark.parametrize("kind", ["T5", "Mamba"])
+def test_what_has_a_type_of_its_own_in_a_16_bit_model_keeps_it_and_its_values(tmp_path, kind):
+    """In float32 are `wo` of T5 where the rest is float16, and in transformers 4 A_log of Mamba."""
+    if kind == "T5":
+        size = {"vocab_size": 56, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+        model, dtype = transformers.T5ForConditionalGeneration(transformers.T5Config(**size)), torch.float16
+    else:
+        size = {"vocab_size": 56, "hidden_size": 64, "state_size": 8, "num_hidden_layers": 1}
+        model, dtype = transformers.MambaForCausalLM(transformers.MambaConfig(**size)), torch.bfloat16
+        model.backbone.layers[0].mixer.A_log.data += torch.randn(128, 8) / 100
+    model.save_pretrained(tmp_path / "float")
+    model = quantized(type(model).from_pretrained(tmp_path / "float", dtype=dtype).eval(), "w4a16")
+    qgraft.save(model, tmp_path / "out")
+    loaded, state = type(model).from_pretrained(tmp_path / "out").state_dict(), model.state_dict()
+    assert loaded.keys() == state.keys()
+    assert {n: t.dtype for n, t in loaded.items()} == {n: t.dtype for n, t in state.items()}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+
+
 def test_a_model_saved_in_16_bit_loads_as_it_is_where_nothing_else_is_asked_for(tmp_path):
     model = quantized(llama(), "w8a16").bfloat16()  # what the config says of its type is out of date
     qgraft.save(model, tmp_path)

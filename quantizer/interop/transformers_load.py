@@ -41,6 +41,9 @@ class Loading:
             for leaf, buffer in layer._buffers.items()
             if buffer is not None
         }
+        # Floats that the model itself makes in another type, as Mamba does A_log.
+        others = (*model.named_parameters(), *model.named_buffers())
+        self.typed = {name for name, t in others if t.is_floating_point() and t.dtype != dtype} - self.own.keys()
         self.shared = [_home(model, name) for name in self.tied]
         for module, leaf in self.shared:  # is in no file, so the loader must not miss it
             if leaf in module._buffers:
@@ -61,17 +64,22 @@ class Loading:
             setattr(model, attribute, (set if self.is_v5 else list)([*(known or ()), *patterns]))
 
     def keeps_type(self, name: str) -> bool:
-        """4.57 casts floats that it loads to the type of the model; scales and branches have types of their own."""
-        return name in self.own and self.own[name].is_floating_point()
+        """4.57 casts floats that it loads to the type of the model; some have types of their own, scales above all."""
+        return name in self.typed or (name in self.own and self.own[name].is_floating_point())
 
     def take(self, model: nn.Module, name: str, device: Any) -> None:
-        """Put one of these in its place, as the files have it."""
+        """Put one of these in its place, as the files have it; what is not of our layers in the model's type for it."""
         if not self.streams:
             for file in self.files:
                 stream = safe_open(file, framework="pt", device="cpu")
                 self.streams.update(dict.fromkeys(stream.keys(), stream))
         module, leaf = _home(model, name)
-        module._buffers[leaf] = self.streams[name].get_tensor(name).to(device)
+        tensor = self.streams[name].get_tensor(name).to(device)
+        if leaf in module._parameters:
+            parameter = module._parameters[leaf]
+            module._parameters[leaf] = nn.Parameter(tensor.to(parameter.dtype), requires_grad=parameter.requires_grad)
+        else:
+            module._buffers[leaf] = tensor if name in self.own else tensor.to(module._buffers[leaf].dtype)
 
     def check_missing(self, missing: list[str]) -> list[str]:
         """What is missing beyond what is tied; CheckpointError if that is anything."""
@@ -90,6 +98,9 @@ class Loading:
         left = [name for name in self.own.keys() - self.tied.keys() if not self._has_come(model, name)]
         if left:
             raise CheckpointError(f"{self.folder}: transformers did not load {some(sorted(left))}")
+        for name, wanted in self.own.items():  # 5.x makes float32 of all in a module that its class keeps so
+            module, leaf = _home(model, name)
+            module._buffers[leaf] = module._buffers[leaf].to(wanted.dtype)
         for name, source in self.tied.items():
             (module, leaf), (owner, kept) = _home(model, name), _home(model, source)
             for own, others in ((module._parameters, owner._parameters), (module._buffers, owner._buffers)):
