@@ -12,20 +12,51 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import hashlib
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def seed(request) -> int:
-    """New random numbers in every run; a failure prints the seed, and QGRAFT_TEST_SEED=<seed> repeats it."""
-    value = int(os.environ.get("QGRAFT_TEST_SEED", random.SystemRandom().randrange(2**31)))
+def _seed_of_the_tree() -> str:
+    """One seed for the very files that are tested: a tree that has passed passes again, and any change draws anew."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder in (".", "benchmarks", "kernels", "layers", "quantizer", "recipes", "tests"):
+        for path in sorted(root.joinpath(folder).glob("*" if folder == "." else "**/*")):
+            if path.suffix in {".py", ".h", ".cpp", ".yaml"}:
+                digest.update(path.read_bytes())
+    return str(int.from_bytes(digest.digest()[:4], "big"))
+
+
+# In the environment, so that the workers of pytest-xdist and what tests start have it too.
+if os.environ.setdefault("QGRAFT_TEST_SEED", _seed_of_the_tree()) == "new":
+    os.environ["QGRAFT_TEST_SEED"] = str(random.SystemRandom().randrange(2**32))
+
+
+def _seed(what: str) -> int:
+    value = f"{os.environ['QGRAFT_TEST_SEED']} {what}"
+    value = int.from_bytes(hashlib.sha256(value.encode()).digest()[:4], "big")
     torch.manual_seed(value)
     random.seed(value)
-    print(f"QGRAFT_TEST_SEED={value}")
     return value
+
+
+@pytest.fixture(autouse=True)
+def seed(request) -> int:
+    """Every test has numbers of its own, whatever ran before it; a failure prints what repeats them.
+
+    They are new for every change of the code, and for every run with QGRAFT_TEST_SEED=new.
+    """
+    print(f"QGRAFT_TEST_SEED={os.environ['QGRAFT_TEST_SEED']}")
+    return _seed(f"{request.path.name} {request.node.name}")
+
+
+def pytest_fixture_setup(fixturedef, request) -> None:
+    """What a file's tests share is made before the first of them, thus before its seed, and needs one too."""
+    if fixturedef.scope != "function":
+        _seed(f"{request.path.name if fixturedef.scope == 'module' else ''} {fixturedef.argname}")
 
 
 def pytest_collection_finish() -> None:

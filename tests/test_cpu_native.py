@@ -106,8 +106,10 @@ def test_w8a8_is_the_reference(lib, zero_point, static, dtype):
             for rotation in (0, 32, 64):
                 padded = -(-k // rotation) * rotation if rotation else k
                 more = (args[0], random_int8(n, padded), *args[2:], torch.rand(k) + 0.5, rotation)
-                # A value on the other side of a rounding tie is off by one step of its token.
-                assert relative(ops.w8a8_linear(*more), reference.w8a8_linear(*more)) < TOLERANCE[dtype] + 2e-3
+                # A rotation adds up in another order, and a value on the other side of a rounding tie is off by one
+                # step: by one part in 127 of its token, if that is the only one.
+                allowed = TOLERANCE[dtype] + (1.5 / 127 if rotation else 0)
+                assert relative(ops.w8a8_linear(*more), reference.w8a8_linear(*more)) < allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
