@@ -28,7 +28,7 @@ VARIANTS = {
     "avx2": ("-mno-avx512f",),
     "avx2-no-vnni": ("-mno-avx512f", "-mno-avxvnni"),
 }
-TOKENS = [1, 3, 16, 17, 70]
+TOKENS = [1, 2, 3, 16, 17, 70]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rounding of the output, and room for float32 sums in another order.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -246,6 +246,21 @@ def test_int8_weights_end_where_they_end(lib, k):
             ),
         ):
             assert relative_to_sums(y, x.double() @ weight.t(), x, weight) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("k", [1, 31, 33, 97, 130])
+def test_integer_weights_end_where_they_end(lib, k):
+    n, size = 43, 16
+    codes, scale = at_the_end_of_memory(torch.int8, n, k), random_scale(n)
+    groups = -(-k // size)
+    nibbles, group_scale = at_the_end_of_memory(torch.uint8, n, groups * size // 2), random_group_scale(n, groups)
+    at_end = at_the_end_of_memory(torch.uint8, n, groups).copy_(group_scale)
+    for m in (1, 2, 5, 40):
+        x = torch.randn(m, k)
+        args = (x, codes, scale, None, None, None, None)
+        assert relative(ops.w8a8_linear(*args), reference.w8a8_linear(*args)) < TOLERANCE[x.dtype]
+        args = (x, nibbles, scale, at_end, None, None, None, None, size, False, 8, False)
+        assert relative(ops.svdq_linear(*args), reference.svdq_linear(*args)) < TOLERANCE[x.dtype]
 
 
 # act_bits, act_zero_point

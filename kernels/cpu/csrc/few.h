@@ -1,27 +1,25 @@
-// The product for a few tokens, on a machine that multiplies bfloat16: weights go from memory to the multipliers.
+// The product for a few tokens: weights go from memory to the multipliers.
 //
 // The product of `gemm.h` unpacks a piece of the weight into the cache and reads it from there. For so few tokens that
-// takes longer than the products. Here 64 weights of a row are unpacked into two registers and used; for more tokens
-// than a tile has they are unpacked again.
+// takes longer than the products. Here 32 or 64 weights of a row go to registers and are used; for more tokens
+// than a tile has they are unpacked again. On a machine that multiplies bfloat16 tiles are those of `Few`, with AVX2
+// those of `few_floats.h` and `few_ints.h`.
 #pragma once
 #include "activations.h"
 
-#if QG_BF16
 namespace qg {
 
-// Features of a step: two vectors of weights, each of one group.
-constexpr int64_t FEW_STEP = 64, FEW_UNIT = FEW_STEP / 2;
-// A tile of the product: its sums and its weights fill the registers. More tokens would not fit the first-level cache.
-constexpr int FEW_TILE_TOKENS = 5, FEW_TILE_ROWS = 4;
-// Rows of a task.
-constexpr int FEW_ROWS = 2 * LANES;
+// Features that have one scale at least.
+constexpr int64_t FEW_UNIT = 32;
+// A tile of the product has so many rows; a task, whole tiles.
+constexpr int FEW_TILE_ROWS = 4, FEW_ROWS = 2 * LANES;
 
-// Scales, and with ZERO zero points, of some rows as floats, and which of them are a step's.
-template <bool ZERO>
+// Scales, and with ZERO zero points, of some rows as floats, and which of them are a step's, of UNITS units.
+template <bool ZERO, int UNITS>
 struct FewSteps {
   int64_t groups, units, group = 0, unit = 0;
   const float *scales, *zeros;  // (rows, groups)
-  int64_t of[2] = {};           // the groups of the two vectors of a step
+  int64_t of[UNITS] = {};       // the groups of a step
 
   static int64_t floats(int64_t groups, int rows) { return (ZERO ? 2 : 1) * rows * groups; }
 
@@ -58,8 +56,51 @@ struct FewSteps {
 //   Steps(weight, row, count, rows, scratch)
 //                               what differs from group to group, for so many rows of which `count` are there;
 //                               next() goes on to the next step
-//   unpack(at, steps, r, to)    one step of row r -> two vectors
-// act (tokens, length()), in the order in which weights are unpacked.
+//   unpack(at, steps, r, to)    one step of row r -> vectors
+// act (tokens, length()), in the order in which weights are unpacked. tiles(many, x, rows, steps, sums, block, r)
+// multiplies so many of them with a tile's rows, which are r and following of the block. Returns 0, or 1 when there is
+// no memory.
+template <class Sum, class Weight, class A, class Tiles>
+int few_tasks(const Weight& weight, const A* act, int64_t tokens, int64_t tile_tokens, const Tiles& tiles) {
+  const auto& layer = weight.layer;
+  const int64_t n = layer.out.n, length = weight.length(), blocks = (n + FEW_ROWS - 1) / FEW_ROWS;
+  const int64_t parts = (tokens + tile_tokens - 1) / tile_tokens;
+  int failed = 0;
+#pragma omp parallel for schedule(dynamic) if (tokens * n * length > PARALLEL_WORK)
+  for (int64_t task = 0; task < blocks; task++) {
+    auto* sums = (Sum*)scratch<0>(sizeof(Sum) * tokens * FEW_ROWS);
+    auto* floats = (float*)scratch<1>(sizeof(float) * (weight.floats(FEW_TILE_ROWS) + 1));
+    auto* extra = (float*)scratch<2>(layer.scratch_bytes());
+    if (!sums || !floats || (!extra && layer.scratch_bytes())) {
+#pragma omp atomic write
+      failed = 1;
+      continue;
+    }
+    const int64_t row = task * FEW_ROWS;
+    const int rows = int(std::min<int64_t>(FEW_ROWS, n - row));
+    typename std::decay_t<decltype(layer)>::Block block{extra};
+    for (int r = 0; r < rows; r += FEW_TILE_ROWS) {
+      const int count = std::min(FEW_TILE_ROWS, rows - r);
+      const uint8_t* at[FEW_TILE_ROWS];
+      for (int i = 0; i < FEW_TILE_ROWS; i++) at[i] = weight.data + (row + r + std::min(i, count - 1)) * weight.bytes;
+      const typename Weight::Steps steps(weight, row + r, count, FEW_TILE_ROWS, floats);
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t m = tokens * part / parts;
+        tiles(tokens * (part + 1) / parts - m, act + m * length, at, steps, sums + m * FEW_ROWS + r, block, r);
+      }
+    }
+    layer.finish(0, tokens, row, rows, sums, FEW_ROWS, block);
+  }
+  return failed;
+}
+
+#if QG_BF16
+
+// Features of a step: two vectors of weights, each of one group.
+constexpr int64_t FEW_STEP = 2 * FEW_UNIT;
+// Tokens of a tile: its sums and its weights fill the registers. More would not fit the first-level cache.
+constexpr int FEW_TILE_TOKENS = 5;
+
 template <class Weight>
 struct Few {
   const Weight& weight;
@@ -111,40 +152,13 @@ struct Few {
     }
   }
 
-  // Returns 0, or 1 when there is no memory.
   int run() const {
-    const auto& layer = weight.layer;
-    const int64_t n = layer.out.n, length = weight.length(), blocks = (n + FEW_ROWS - 1) / FEW_ROWS;
-    const int64_t parts = (tokens + FEW_TILE_TOKENS - 1) / FEW_TILE_TOKENS;
-    int failed = 0;
-#pragma omp parallel for schedule(dynamic) if (tokens * n * length > PARALLEL_WORK)
-    for (int64_t task = 0; task < blocks; task++) {
-      auto* sums = (float*)scratch<0>(sizeof(float) * tokens * FEW_ROWS);
-      auto* floats = (float*)scratch<1>(sizeof(float) * (weight.floats(FEW_TILE_ROWS) + 1));
-      auto* extra = (float*)scratch<2>(layer.scratch_bytes());
-      if (!sums || !floats || (!extra && layer.scratch_bytes())) {
-#pragma omp atomic write
-        failed = 1;
-        continue;
-      }
-      const int64_t row = task * FEW_ROWS;
-      const int rows = int(std::min<int64_t>(FEW_ROWS, n - row));
-      for (int r = 0; r < rows; r += FEW_TILE_ROWS) {
-        const int count = std::min(FEW_TILE_ROWS, rows - r);
-        const uint8_t* at[FEW_TILE_ROWS];
-        for (int i = 0; i < FEW_TILE_ROWS; i++) at[i] = weight.data + (row + r + std::min(i, count - 1)) * weight.bytes;
-        const Steps steps(weight, row + r, count, FEW_TILE_ROWS, floats);
-        for (int64_t part = 0; part < parts; part++) {
-          const int64_t m = tokens * part / parts;
-          tiles(tokens * (part + 1) / parts - m, act + m * length, at, steps, sums + m * FEW_ROWS + r);
-        }
-      }
-      typename std::decay_t<decltype(layer)>::Block block{extra};
-      layer.finish(0, tokens, row, rows, sums, FEW_ROWS, block);
-    }
-    return failed;
+    return few_tasks<float>(weight, act, tokens, FEW_TILE_TOKENS,
+                            [&](int64_t many, const bf16* x, const uint8_t* const* rows, const Steps& steps,
+                                float* sums, auto&, int) { tiles(many, x, rows, steps, sums); });
   }
 };
 
-}  // namespace qg
 #endif
+
+}  // namespace qg

@@ -1,5 +1,7 @@
 #include "bitnet.h"
 #include "face.h"
+#include "few_floats.h"
+#include "few_ints.h"
 #include "strips.h"
 #include "svdq.h"
 #include "w4a16.h"
@@ -22,7 +24,11 @@ QG_EXPORT int32_t qg_w8a8(const void* x, int32_t x_type, const float* smooth_fac
   if (quantize_w8a8(tokens, wide, act_scale, act_zero_point, codes.data, steps.data, sums.data)) return 1;
   const Output out{y, Type(type), n, bias, Type(bias_type)};
   const IntegerSums ends{scale, steps.data, Integer::OFFSET + act_zero_point, zero_point, sums.data};
-  return gemm<Integer>(codes.data, wide, m, n, wide, W8A8{qweight, padded, ends, out});
+  const W8A8 layer{qweight, padded, ends, out};
+#if !QG_AVX512
+  if (m <= INT_TOKENS) return few_ints(W8A8Ints{layer}, codes.data, m);
+#endif
+  return gemm<Integer>(codes.data, wide, m, n, wide, layer);
 }
 
 QG_EXPORT int32_t qg_bitnet(const void* x, int32_t x_type, const uint8_t* qweight, const float* scale, const void* bias,
@@ -54,6 +60,11 @@ QG_EXPORT int32_t qg_w4_float(const void* x, int32_t x_type, const float* smooth
     if (!act.data) return 1;
     if (prepare_w4a16<T>(tokens, smooth_factor, padded, group_size, rotate, act_bits, rounded, act.data)) return 1;
     const W4A16<T> layer{qweight, scale, Type(scale_type), zero_point, padded, group_size, out};
+#if !QG_AVX512
+    if (m <= FLOAT_TOKENS)
+      return zero_point ? few_floats(W4A16Floats<true>{layer}, act.data, m)
+                        : few_floats(W4A16Floats<false>{layer}, act.data, m);
+#endif
     return gemm<T>(act.data, padded, m, n, padded, layer);
   };
 #if QG_BF16
@@ -89,5 +100,9 @@ QG_EXPORT int32_t qg_svdq(const void* x, int32_t x_type, const float* smooth_fac
   if (act.quantize(planes.data, nullptr, act_scale.data)) return 1;
   const Output out{y, Type(type), n, bias, Type(bias_type), lora.data, up, Type(up_type), rank};
   const IntegerSums ends{scale, act_scale.data, Grouped::OFFSET};
-  return gemm<Grouped>(planes.data, wide, m, n, wide, Svdq{qweight, group_scale, padded, group_size, ends, out});
+  const Svdq layer{qweight, group_scale, padded, group_size, ends, out};
+#if !QG_AVX512
+  if (m <= INT_TOKENS) return few_ints(SvdqInts{layer}, planes.data, m);
+#endif
+  return gemm<Grouped>(planes.data, wide, m, n, wide, layer);
 }

@@ -7,12 +7,13 @@ namespace qg {
 
 // Kinds of product. A and B are the types of elements of A and of the unpacked weight, Sum that of sums. A step is STEP
 // features: one load_a and one load_b, B_STEP elements long, and a dot. TILE_M tokens fill the registers. For up to FEW
-// tokens a small piece of the weight is unpacked at a time.
+// tokens a small piece of the weight is unpacked at a time. WIDE: `wide.h` serves it too; KEPT: and the tokens of a
+// product there can stay in registers, beside the sums and a weight.
 struct Float32 {
   using A = float;
   using B = float;
   using Sum = float;
-  static constexpr bool WIDE = true;
+  static constexpr bool WIDE = true, KEPT = !QG_AVX512;
   using Acc = F;
   static constexpr int STEP = LANES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, FEW = 16;
   static F load_a(const float* p) { return load_f(p); }
@@ -26,7 +27,7 @@ struct Bfloat16 {
   using A = bf16;
   using B = bf16;
   using Sum = float;
-  static constexpr bool WIDE = true;
+  static constexpr bool WIDE = true, KEPT = false;
   using Acc = F;
   static constexpr int STEP = 2 * LANES, B_STEP = STEP, TILE_M = 6, FEW = 26;
   static I load_a(const bf16* p) { return load_i(p); }
@@ -43,7 +44,7 @@ struct Integer {
   using A = uint8_t;
   using B = int8_t;
   using Sum = int32_t;
-  static constexpr bool WIDE = true;
+  static constexpr bool WIDE = true, KEPT = !QG_AVX512;
   using Acc = Sums;
   static constexpr int STEP = BYTES, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, FEW = 16, OFFSET = 128;
   static I load_a(const void* p) { return load_i(p); }
@@ -58,7 +59,7 @@ struct Integer {
   using A = int16_t;
   using B = int16_t;
   using Sum = int32_t;
-  static constexpr bool WIDE = true;
+  static constexpr bool WIDE = true, KEPT = false;
   using Acc = Sums;
   static constexpr int STEP = BYTES / 2, B_STEP = STEP, TILE_M = QG_AVX512 ? 6 : 3, FEW = 16, OFFSET = 0;
   static I load_a(const void* p) { return load_i(p); }

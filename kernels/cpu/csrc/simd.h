@@ -284,6 +284,23 @@ inline I load_halves(const void* first, const void* second) {
 #endif
 }
 
+// The first half of one and, in a vector of four lanes, the first half of another.
+inline I join_halves(I first, I second) {
+#if QG_AVX512
+  return _mm512_inserti64x4(first, _mm512_castsi512_si256(second), 1);
+#else
+  (void)second;
+  return first;
+#endif
+}
+
+// x is loaded once and stays in its register: of 16 registers gcc would rather load it again for each product with it,
+// and the loads would be what is waited for.
+template <class V>
+inline void keep(V& x) {
+  asm("" : "+x"(x));
+}
+
 // The 32 bits at p in every lane.
 inline I set_words_32(const void* p) {
   int32_t bits;

@@ -41,17 +41,15 @@ struct Svdq {
       for (int64_t i = 0; i < inside; i += 64) prefetch(packed + ahead + i);
       Grouped::B* at = to.row(r);
       Sums sum = {};
-      for (int64_t i = 0; i < to.length / 2; i += BYTES) {
-        const I bytes = load_bytes(packed + i, inside - i);
-        const I nibble = set_bytes(15), low = and_i(bytes, nibble), high = and_i(shift_right_16(bytes, 4), nibble);
-        at = put(bytes_of_groups, shift, start + 2 * i, low, high, at, sum);
-      }
+      for (int64_t i = 0; i < to.length / 2; i += BYTES)
+        at = put(weights_of(bytes_of_groups, shift, start + 2 * i, load_bytes(packed + i, inside - i)), at, sum);
       block.row_sums[r] += total(sum);
     }
   }
 
   // Looks codes up in the tables of their groups, by those bits of their byte; the vectors begin at `feature`.
-  void look_up(const uint8_t* groups, uint8_t bits, int shift, int64_t feature, I low, I high, I& even, I& odd) const {
+  void look_up(const uint8_t* groups, uint8_t bits, int shift, int64_t feature, I packed, I& even, I& odd) const {
+    const I nibble = set_bytes(15), low = and_i(packed, nibble), high = and_i(shift_right_16(packed, 4), nibble);
     const void* tables[BYTES / 16];
     const auto table_of = [&](int64_t at) { return PRODUCTS.of[(at < padded ? groups[at >> shift] : NO_GROUP) & bits]; };
     I table;
@@ -71,31 +69,48 @@ struct Svdq {
     }
   }
 
+  // Codes less their zero points times their integers; or, where that has to wait, beside the integers of their groups.
 #if QG_VNNI
-  // Codes less their zero points times their integers.
-  Grouped::B* put(const uint8_t* groups, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
+  struct Weights {
     I even, odd;
-    look_up(groups, 0xFF, shift, feature, low, high, even, odd);
-    return put_int8(put_int8(at, even, sum), odd, sum);
+  };
+  Weights weights_of(const uint8_t* groups, int shift, int64_t feature, I packed) const {
+    Weights out;
+    look_up(groups, 0xFF, shift, feature, packed, out.even, out.odd);
+    return out;
+  }
+  static Grouped::B* put(const Weights& weights, Grouped::B* at, Sums& sum) {
+    return put_int8(put_int8(at, weights.even, sum), weights.odd, sum);
+  }
+  static Sums dot(Sums acc, I even, I odd, const Weights& weights) {
+    return dot_bytes(dot_bytes(acc, even, weights.even), odd, weights.odd);
   }
 #else
-  // Codes less their zero points, and beside them the integers of their groups.
-  Grouped::B* put(const uint8_t* groups, int shift, int64_t feature, I low, I high, Grouped::B* at, Sums& sum) const {
-    alignas(64) int16_t each[BYTES / 2];  // of four features
-    for (int i = 0; i < BYTES / 2; i += 4) {
-      const int64_t from = feature + 4 * i;  // 16 features, the smallest group
-      const int16_t integer = (from < padded ? groups[from >> shift] : NO_GROUP) % 16 + 1;
-      for (int j = 0; j < 4; j++) each[i + j] = integer;
+  using Weights = Grouped::Weights;
+  Weights weights_of(const uint8_t* groups, int shift, int64_t feature, I packed) const {
+    Weights out;
+    look_up(groups, ZERO_POINT, shift, feature, packed, out.even, out.odd);
+    const auto integer_of = [&](int64_t at) {
+      return int16_t((at < padded ? groups[at >> shift] : NO_GROUP) % 16 + 1);
+    };
+    if (shift >= 6) {
+      out.integers = join_halves(set_words(integer_of(feature)), set_words(integer_of(feature + 64)));
+    } else {
+      alignas(64) int16_t each[BYTES / 2];  // of four features
+      for (int i = 0; i < BYTES / 2; i += 4)  // the smallest group has 16
+        std::fill_n(each + i, 4, integer_of(feature + 4 * i));
+      out.integers = load_i(each);
     }
-    Grouped::Weights weights;
-    look_up(groups, ZERO_POINT, shift, feature, low, high, weights.even, weights.odd);
-    weights.integers = load_i(each);
+    return out;
+  }
+  static Grouped::B* put(const Weights& weights, Grouped::B* at, Sums& sum) {
     store_i(at, weights.even);
     store_i(at + BYTES, weights.odd);
     store_i(at + 2 * BYTES, weights.integers);
-    sum = Grouped::dot(sum, {set_bytes(1), set_bytes(1)}, weights);
+    sum = dot(sum, set_bytes(1), set_bytes(1), weights);
     return at + Unpacked<Grouped>::NEXT;
   }
+  static Sums dot(Sums acc, I even, I odd, const Weights& weights) { return Grouped::dot(acc, {even, odd}, weights); }
 #endif
 
   void finish(int64_t m0, int64_t tokens, int64_t row, int rows, const int32_t* sums, int64_t ld, Block& block) const {

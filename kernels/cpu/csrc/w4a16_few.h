@@ -15,12 +15,12 @@ struct W4A16Few {
   int64_t bytes = layer.padded / 2, groups = layer.padded / layer.group_size;
 
   int64_t length() const { return round_up(layer.padded, FEW_STEP); }
-  int64_t floats(int rows) const { return FewSteps<ZERO>::floats(groups, rows); }
+  int64_t floats(int rows) const { return FewSteps<ZERO, 2>::floats(groups, rows); }
 
-  struct Steps : FewSteps<ZERO> {
+  struct Steps : FewSteps<ZERO, 2> {
     Steps(const W4A16Few& w, int64_t row, int count, int rows, float* scratch)
-        : FewSteps<ZERO>({w.layer.scale, w.layer.scale_type, w.layer.out.n, w.groups}, w.layer.zero_point,
-                         w.layer.group_size, row, count, rows, scratch) {}
+        : FewSteps<ZERO, 2>({w.layer.scale, w.layer.scale_type, w.layer.out.n, w.groups}, w.layer.zero_point,
+                            w.layer.group_size, row, count, rows, scratch) {}
     F values(int r, int half) const {
       const F codes = load_f(CODES);
       return mul(ZERO ? sub(codes, this->zero(r, half)) : codes, this->scale(r, half));

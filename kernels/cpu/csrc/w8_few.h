@@ -59,12 +59,12 @@ struct W8GroupFew {
   int64_t bytes = layer.k;
 
   int64_t length() const { return round_up(layer.k, FEW_STEP); }
-  int64_t floats(int rows) const { return FewSteps<ZERO>::floats(layer.groups, rows); }
+  int64_t floats(int rows) const { return FewSteps<ZERO, 2>::floats(layer.groups, rows); }
 
-  struct Steps : FewSteps<ZERO> {
+  struct Steps : FewSteps<ZERO, 2> {
     Steps(const W8GroupFew& w, int64_t row, int count, int rows, float* scratch)
-        : FewSteps<ZERO>({w.layer.scale, FLOAT32, w.layer.out.n, w.layer.groups}, w.layer.zero_point,
-                         w.layer.group_size, row, count, rows, scratch) {}
+        : FewSteps<ZERO, 2>({w.layer.scale, FLOAT32, w.layer.out.n, w.layer.groups}, w.layer.zero_point,
+                            w.layer.group_size, row, count, rows, scratch) {}
   };
 
   static constexpr int place(int pair) {

@@ -16,7 +16,7 @@ constexpr int WIDE_ROWS = QG_AVX512 ? 8 : 4, WIDE_VECTORS = 3;
 constexpr int ROWS_MANY = 64;
 constexpr int64_t CHUNK_BYTES_WIDE = 2048;
 // Fewer tokens leave too many lanes empty.
-constexpr int64_t WIDE_TOKENS = 27;
+constexpr int64_t WIDE_TOKENS = QG_AVX512 ? 27 : 16;
 
 // How many of a panel's tokens are turned: a vector that would be half empty is left to the tile of `gemm.h`.
 inline int64_t turned_of(int64_t tokens) {
@@ -89,14 +89,23 @@ inline void wide_tile(const float* tokens, const float* ahead, const Unpacked<T>
   for (int64_t i = 0; i < weight.length; i += T::STEP) {
     for (int j = 0; j < SHARE; j++, ahead += LANES) prefetch_far(ahead);
     fetch.step();
-#pragma GCC unroll 4
-    for (int lane = 0; lane < LANES; lane++, tokens += V * LANES) {
+    const auto product = [&](int lane) __attribute__((always_inline)) {
       decltype(T::load_a(nullptr)) x[V];
-      for (int v = 0; v < V; v++) x[v] = T::load_a((const typename T::A*)(tokens + v * LANES));
+      for (int v = 0; v < V; v++) {
+        x[v] = T::load_a((const typename T::A*)(tokens + v * LANES));
+        if constexpr (T::KEPT) keep(x[v]);
+      }
       for (int n = 0; n < WIDE_ROWS; n++) {
         const auto w = T::everywhere(rows[n / TILE_N] + n % TILE_N * T::B_STEP + lane * WORD);
         for (int v = 0; v < V; v++) acc[n][v] = T::dot(acc[n][v], x[v], w);
       }
+      tokens += V * LANES;
+    };
+    if constexpr (T::KEPT) {  // written out, because gcc does not unroll by the pragma here
+      product(0), product(1), product(2), product(3), product(4), product(5), product(6), product(7);
+    } else {
+#pragma GCC unroll 4
+      for (int lane = 0; lane < LANES; lane++) product(lane);
     }
     for (auto& at : rows) at += Unpacked<T>::NEXT;
   }
