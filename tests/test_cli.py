@@ -152,8 +152,13 @@ def test_a_real_ctrl_c_ends_a_waiting_command_without_a_traceback(tmp_path):
             except OSError as error:
                 assert error.errno == errno.ENXIO  # nobody reads yet
                 threading.Event().wait(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+        out = None
+        while out is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                out, err = process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                pass  # it came just before the read, which Python does not interrupt for a signal that has been
     finally:
         guard.cancel()
         if writer is not None:
