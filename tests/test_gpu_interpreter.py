@@ -252,7 +252,7 @@ def assert_same_codes(got, wanted, largest_step):
     assert codes.dtype == torch.int8 and codes.shape == ref_codes.shape
     assert scale.shape == ref_scale.shape and lora_act.shape == ref_lora.shape
     off = (codes.int() - ref_codes.int()).abs()
-    assert off.max() <= largest_step and off.ne(0).float().mean() < 2e-3
+    assert off.max() <= largest_step and off.ne(0).sum() <= max(2, 2e-3 * off.numel())  # of ties, where sums differ
     assert torch.allclose(scale, ref_scale, rtol=2e-6, atol=0)
     if lora_act.numel():
         assert relative(lora_act, ref_lora) < 4e-6  # two sums in float32
@@ -315,7 +315,9 @@ def test_the_branch_comes_down_in_float32(kernels, rank, dtype, down_dtype):
     if dtype == torch.float16:  # the product is taken in the 16 bits of x
         proj_down = proj_down.half()
     assert lora_act.dtype == torch.float32
-    assert relative(lora_act, x.double() @ proj_down.double()) < 1e-6
+    x, proj_down = x.double(), proj_down.double()
+    sums = (x.square() @ proj_down.square()).sum().sqrt()  # what is added up; three outputs of it may cancel
+    assert (lora_act - x @ proj_down).norm() / sums < 1e-6
 
 
 # ---- SVDQ, the layer ------------------------------------------------------------------------------------------------
