@@ -31,7 +31,9 @@ def _seed_of_the_tree() -> str:
 
 
 # In the environment, so that the workers of pytest-xdist and what tests start have it too.
-if os.environ.setdefault("QGRAFT_TEST_SEED", _seed_of_the_tree()) == "new":
+if "QGRAFT_TEST_SEED" not in os.environ:
+    os.environ["QGRAFT_TEST_SEED"] = _seed_of_the_tree()
+elif os.environ["QGRAFT_TEST_SEED"] == "new":
     os.environ["QGRAFT_TEST_SEED"] = str(random.SystemRandom().randrange(2**32))
 
 

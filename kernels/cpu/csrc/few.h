@@ -60,38 +60,45 @@ struct FewSteps {
 // act (tokens, length()), in the order in which weights are unpacked. tiles(many, x, rows, steps, sums, block, r)
 // multiplies so many of them with a tile's rows, which are r and following of the block. Returns 0, or 1 when there is
 // no memory.
-template <class Sum, class Weight, class A, class Tiles>
+template <class Sum, int ROWS = FEW_TILE_ROWS, int TASK_ROWS = FEW_ROWS, class Weight, class A, class Tiles>
 int few_tasks(const Weight& weight, const A* act, int64_t tokens, int64_t tile_tokens, const Tiles& tiles) {
   const auto& layer = weight.layer;
-  const int64_t n = layer.out.n, length = weight.length(), blocks = (n + FEW_ROWS - 1) / FEW_ROWS;
+  const int64_t n = layer.out.n, length = weight.length(), blocks = (n + TASK_ROWS - 1) / TASK_ROWS;
   const int64_t parts = (tokens + tile_tokens - 1) / tile_tokens;
   int failed = 0;
 #pragma omp parallel for schedule(dynamic) if (tokens * n * length > PARALLEL_WORK)
   for (int64_t task = 0; task < blocks; task++) {
-    auto* sums = (Sum*)scratch<0>(sizeof(Sum) * tokens * FEW_ROWS);
-    auto* floats = (float*)scratch<1>(sizeof(float) * (weight.floats(FEW_TILE_ROWS) + 1));
+    auto* sums = (Sum*)scratch<0>(sizeof(Sum) * tokens * TASK_ROWS);
+    auto* floats = (float*)scratch<1>(sizeof(float) * (weight.floats(ROWS) + 1));
     auto* extra = (float*)scratch<2>(layer.scratch_bytes());
     if (!sums || !floats || (!extra && layer.scratch_bytes())) {
 #pragma omp atomic write
       failed = 1;
       continue;
     }
-    const int64_t row = task * FEW_ROWS;
-    const int rows = int(std::min<int64_t>(FEW_ROWS, n - row));
+    const int64_t row = task * TASK_ROWS;
+    const int rows = int(std::min<int64_t>(TASK_ROWS, n - row));
     typename std::decay_t<decltype(layer)>::Block block{extra};
-    for (int r = 0; r < rows; r += FEW_TILE_ROWS) {
-      const int count = std::min(FEW_TILE_ROWS, rows - r);
-      const uint8_t* at[FEW_TILE_ROWS];
-      for (int i = 0; i < FEW_TILE_ROWS; i++) at[i] = weight.data + (row + r + std::min(i, count - 1)) * weight.bytes;
-      const typename Weight::Steps steps(weight, row + r, count, FEW_TILE_ROWS, floats);
+    for (int r = 0; r < rows; r += ROWS) {
+      const int count = std::min(ROWS, rows - r);
+      const uint8_t* at[ROWS];
+      for (int i = 0; i < ROWS; i++) at[i] = weight.data + (row + r + std::min(i, count - 1)) * weight.bytes;
+      const typename Weight::Steps steps(weight, row + r, count, ROWS, floats);
       for (int64_t part = 0; part < parts; part++) {
         const int64_t m = tokens * part / parts;
-        tiles(tokens * (part + 1) / parts - m, act + m * length, at, steps, sums + m * FEW_ROWS + r, block, r);
+        tiles(tokens * (part + 1) / parts - m, act + m * length, at, steps, sums + m * TASK_ROWS + r, block, r);
       }
     }
-    layer.finish(0, tokens, row, rows, sums, FEW_ROWS, block);
+    layer.finish(0, tokens, row, rows, sums, TASK_ROWS, block);
   }
   return failed;
+}
+
+// Ends rows with `left` bytes: what follows is another row, or not ours to read. They go on in `rest`, with zeros.
+template <int64_t STEP_BYTES>
+inline void rest_of_rows(const uint8_t** at, int64_t left, uint8_t (&rest)[FEW_TILE_ROWS][STEP_BYTES]) {
+  memset(rest, 0, sizeof rest);
+  for (int r = 0; r < FEW_TILE_ROWS; r++) memcpy(rest[r], at[r], size_t(left)), at[r] = rest[r];
 }
 
 #if QG_BF16
@@ -117,25 +124,20 @@ struct Few {
     for (int r = 0; r < R; r++) at[r] = rows[r];
     uint8_t rest[R][Weight::STEP_BYTES];
     F acc[R][M] = {};
-    int64_t from = 0;
     for (int64_t i = 0, left = weight.bytes; i < length; i += FEW_STEP, left -= Weight::STEP_BYTES) {
-      if (left < Weight::STEP_BYTES) {  // what follows is another row, or not ours to read
-        memset(rest, 0, sizeof rest);
-        for (int r = 0; r < R; r++) memcpy(rest[r], at[r] + from, size_t(left)), at[r] = rest[r];
-        from = 0;
-      }
+      if (left < Weight::STEP_BYTES) rest_of_rows(at, left, rest);
       steps.next();
       I w[R][2];
       for (int r = 0; r < R; r++) {
-        prefetch(at[r] + from + FEW_TILE_ROWS * weight.bytes);
-        Weight::unpack(at[r] + from, steps, r, w[r]);
+        prefetch(at[r] + FEW_TILE_ROWS * weight.bytes);
+        Weight::unpack(at[r], steps, r, w[r]);
+        at[r] += Weight::STEP_BYTES;
       }
 #pragma GCC unroll 5  // whole, or the sums would lie in memory; likewise below
       for (int m = 0; m < M; m++) {
         const I a = load_i(x + m * length + i), b = load_i(x + m * length + i + FEW_UNIT);
         for (int r = 0; r < R; r++) acc[r][m] = dot_bf16(dot_bf16(acc[r][m], a, w[r][0]), b, w[r][1]);
       }
-      from += Weight::STEP_BYTES;
     }
 #pragma GCC unroll 5
     for (int m = 0; m < M; m++)

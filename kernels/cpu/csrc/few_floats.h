@@ -1,8 +1,6 @@
 // The product for a few tokens in float32, with the 16 registers of AVX2: see `few.h`.
 #pragma once
-#include "few.h"
-#include "w4a16.h"
-#include "w8_group.h"
+#include "few_weights.h"
 
 #if !QG_AVX512
 namespace qg {
@@ -31,10 +29,7 @@ struct FewFloats {
     uint8_t rest[R][Weight::STEP_BYTES];
     F acc[R][M] = {};
     for (int64_t i = 0, left = weight.bytes; i < length; i += FEW_UNIT, left -= Weight::STEP_BYTES) {
-      if (left < Weight::STEP_BYTES) {  // what follows is another row, or not ours to read
-        memset(rest, 0, sizeof rest);
-        for (int r = 0; r < R; r++) memcpy(rest[r], at[r], size_t(left)), at[r] = rest[r];
-      }
+      if (left < Weight::STEP_BYTES) rest_of_rows(at, left, rest);
       steps.next();
       for (int r = 0; r < R; r++) {
         prefetch(at[r] + FEW_TILE_ROWS * weight.bytes);
@@ -69,42 +64,15 @@ int few_floats(const Weight& weight, const float* act, int64_t tokens) {
   return FewFloats<Weight>{weight, act, tokens}.run();
 }
 
-// int8 weights whose scale comes last.
-struct W8Floats {
-  static constexpr int64_t STEP_BYTES = FEW_UNIT;
-  const W8<Float32>& layer;
-  const uint8_t* data = (const uint8_t*)layer.qweight;
-  int64_t bytes = layer.k;
-
-  int64_t length() const { return round_up(layer.k, FEW_UNIT); }
-  int64_t floats(int) const { return 0; }
-
-  struct Steps {
-    Steps(const W8Floats&, int64_t, int, int, float*) {}
-    void next() {}
-  };
-
+struct W8Floats : FewW8<Float32, FEW_UNIT> {
   static void unpack(const uint8_t* at, const Steps&, int, int j, F* to) {
     for (int h = 0; h < 2; h++) to[h] = float_of_int8((const int8_t*)at + (j + 2 * h) * LANES);
   }
 };
 
 template <bool ZERO>
-struct W8GroupFloats {
-  static constexpr int64_t STEP_BYTES = FEW_UNIT;
-  const W8Group<Float32>& layer;
-  const uint8_t* data = (const uint8_t*)layer.qweight;
-  int64_t bytes = layer.k;
-
-  int64_t length() const { return round_up(layer.k, FEW_UNIT); }
-  int64_t floats(int rows) const { return FewSteps<ZERO, 1>::floats(layer.groups, rows); }
-
-  struct Steps : FewSteps<ZERO, 1> {
-    Steps(const W8GroupFloats& w, int64_t row, int count, int rows, float* scratch)
-        : FewSteps<ZERO, 1>({w.layer.scale, FLOAT32, w.layer.out.n, w.layer.groups}, w.layer.zero_point,
-                            w.layer.group_size, row, count, rows, scratch) {}
-  };
-
+struct W8GroupFloats : FewW8Group<Float32, ZERO, FEW_UNIT> {
+  using Steps = typename FewW8Group<Float32, ZERO, FEW_UNIT>::Steps;
   static void unpack(const uint8_t* at, const Steps& steps, int r, int j, F* to) {
     const F step = steps.scale(r, 0), zero = ZERO ? steps.zero(r, 0) : zero_f();
     for (int h = 0; h < 2; h++)
@@ -112,23 +80,10 @@ struct W8GroupFloats {
   }
 };
 
-// int4: the low nibbles of a unit are its first two vectors.
+// The low nibbles of a unit are its first two vectors.
 template <bool ZERO>
-struct W4A16Floats {
-  static constexpr int64_t STEP_BYTES = FEW_UNIT / 2;
-  const W4A16<Float32>& layer;
-  const uint8_t* data = layer.qweight;
-  int64_t bytes = layer.padded / 2, groups = layer.padded / layer.group_size;
-
-  int64_t length() const { return layer.padded; }
-  int64_t floats(int rows) const { return FewSteps<ZERO, 1>::floats(groups, rows); }
-
-  struct Steps : FewSteps<ZERO, 1> {
-    Steps(const W4A16Floats& w, int64_t row, int count, int rows, float* scratch)
-        : FewSteps<ZERO, 1>({w.layer.scale, w.layer.scale_type, w.layer.out.n, w.groups}, w.layer.zero_point,
-                            w.layer.group_size, row, count, rows, scratch) {}
-  };
-
+struct W4A16Floats : FewW4A16<Float32, ZERO, FEW_UNIT> {
+  using Steps = typename FewW4A16<Float32, ZERO, FEW_UNIT>::Steps;
   static void unpack(const uint8_t* at, const Steps& steps, int r, int j, F* to) {
     const F step = steps.scale(r, 0), zero = ZERO ? steps.zero(r, 0) : zero_f();
     const I both = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(at + j * LANES)));

@@ -79,35 +79,12 @@ struct Strips {
       for (int r = 0; r < R; r++) sums[t * STRIP_TASK + r] = out[r][t];
   }
 
-  // Returns 0, or 1 when there is no memory.
   template <int V>
   int run() const {
-    constexpr int R = strip_rows(V);
-    const auto& layer = weight.layer;
-    const int64_t n = layer.out.n, tasks = (n + STRIP_TASK - 1) / STRIP_TASK;
-    int failed = 0;
-#pragma omp parallel for schedule(dynamic) if (tokens * n * weight.length() > PARALLEL_WORK)
-    for (int64_t task = 0; task < tasks; task++) {
-      auto* sums = (float*)scratch<0>(sizeof(float) * tokens * STRIP_TASK);
-      auto* floats = (float*)scratch<1>(sizeof(float) * (weight.floats(R) + 1));
-      auto* extra = (float*)scratch<2>(layer.scratch_bytes());
-      if (!sums || !floats || (!extra && layer.scratch_bytes())) {
-#pragma omp atomic write
-        failed = 1;
-        continue;
-      }
-      const int64_t row = task * STRIP_TASK;
-      const int rows = int(std::min<int64_t>(STRIP_TASK, n - row));
-      for (int r = 0; r < rows; r += R) {
-        const int count = std::min(R, rows - r);
-        const uint8_t* at[R];
-        for (int i = 0; i < R; i++) at[i] = weight.data + (row + r + std::min(i, count - 1)) * weight.bytes;
-        strip<V>(at, typename Weight::Steps(weight, row + r, count, R, floats), sums + r);
-      }
-      typename std::decay_t<decltype(layer)>::Block block{extra};
-      layer.finish(0, tokens, row, rows, sums, STRIP_TASK, block);
-    }
-    return failed;
+    return few_tasks<float, strip_rows(V), STRIP_TASK>(
+        weight, turned, tokens, tokens,
+        [&](int64_t, const float*, const uint8_t* const* rows, const typename Weight::Steps& steps, float* sums, auto&,
+            int) { strip<V>(rows, steps, sums); });
   }
 };
 

@@ -1,38 +1,26 @@
 // W4A16 for a few tokens: see `few.h`. 64 weights are 32 bytes, and two look-ups in the 16 values of their groups.
 #pragma once
+#include "few_weights.h"
 #include "strips.h"
-#include "w4a16.h"
 
 #if QG_BF16
 namespace qg {
 
 // SPLIT: the halves of a step may be of two groups. ZERO: there are zero points.
 template <bool SPLIT, bool ZERO>
-struct W4A16Few {
-  static constexpr int64_t STEP_BYTES = FEW_STEP / 2;
-  const W4A16<Bfloat16>& layer;
-  const uint8_t* data = layer.qweight;
-  int64_t bytes = layer.padded / 2, groups = layer.padded / layer.group_size;
+struct W4A16Few : FewW4A16<Bfloat16, ZERO, FEW_STEP> {
+  using Steps = typename FewW4A16<Bfloat16, ZERO, FEW_STEP>::Steps;
 
-  int64_t length() const { return round_up(layer.padded, FEW_STEP); }
-  int64_t floats(int rows) const { return FewSteps<ZERO, 2>::floats(groups, rows); }
-
-  struct Steps : FewSteps<ZERO, 2> {
-    Steps(const W4A16Few& w, int64_t row, int count, int rows, float* scratch)
-        : FewSteps<ZERO, 2>({w.layer.scale, w.layer.scale_type, w.layer.out.n, w.groups}, w.layer.zero_point,
-                            w.layer.group_size, row, count, rows, scratch) {}
-    F values(int r, int half) const {
-      const F codes = load_f(CODES);
-      return mul(ZERO ? sub(codes, this->zero(r, half)) : codes, this->scale(r, half));
-    }
-  };
-
+  static F values(const Steps& steps, int r, int half) {
+    const F codes = load_f(CODES);
+    return mul(ZERO ? sub(codes, steps.zero(r, half)) : codes, steps.scale(r, half));
+  }
   static constexpr int place(int pair) { return 2 * pair; }
   static void unpack_pairs(const uint8_t* at, const Steps& steps, int r, I* to) { unpack(at, steps, r, to); }
 
   // The low nibbles, then the high ones: activations stand in that order.
   static void unpack(const uint8_t* at, const Steps& steps, int r, I* to) {
-    const F low = steps.values(r, 0), high = SPLIT ? steps.values(r, 1) : low;
+    const F low = values(steps, r, 0), high = SPLIT ? values(steps, r, 1) : low;
     const I table = pack_bf16(low, high);
     I index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)at)), upper = shift_right_16(index, 4);
     if (SPLIT) {

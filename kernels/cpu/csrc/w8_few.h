@@ -1,7 +1,7 @@
 // int8 weights for a few tokens: see `few.h`. Activations stay in the order of features.
 #pragma once
+#include "few_weights.h"
 #include "strips.h"
-#include "w8_group.h"
 
 #if QG_BF16
 namespace qg {
@@ -20,20 +20,7 @@ inline void bytes_to_floats(const uint8_t* p, F zero, F* to) {
 }
 
 // W8A16: codes are exact in bfloat16, and the scale comes last.
-struct W8Few {
-  static constexpr int64_t STEP_BYTES = FEW_STEP;
-  const W8<Bfloat16>& layer;
-  const uint8_t* data = (const uint8_t*)layer.qweight;
-  int64_t bytes = layer.k;
-
-  int64_t length() const { return round_up(layer.k, FEW_STEP); }
-  int64_t floats(int) const { return 0; }
-
-  struct Steps {
-    Steps(const W8Few&, int64_t, int, int, float*) {}
-    void next() {}
-  };
-
+struct W8Few : FewW8<Bfloat16, FEW_STEP> {
   static constexpr int place(int pair) { return pair % 2 * int(FEW_UNIT) + pair / 2 * 2; }
   // Even pairs, then odd ones.
   static void unpack_pairs(const uint8_t* at, const Steps&, int, I* to) {
@@ -52,21 +39,8 @@ struct W8Few {
 };
 
 template <bool ZERO>
-struct W8GroupFew {
-  static constexpr int64_t STEP_BYTES = FEW_STEP;
-  const W8Group<Bfloat16>& layer;
-  const uint8_t* data = (const uint8_t*)layer.qweight;
-  int64_t bytes = layer.k;
-
-  int64_t length() const { return round_up(layer.k, FEW_STEP); }
-  int64_t floats(int rows) const { return FewSteps<ZERO, 2>::floats(layer.groups, rows); }
-
-  struct Steps : FewSteps<ZERO, 2> {
-    Steps(const W8GroupFew& w, int64_t row, int count, int rows, float* scratch)
-        : FewSteps<ZERO, 2>({w.layer.scale, FLOAT32, w.layer.out.n, w.layer.groups}, w.layer.zero_point,
-                            w.layer.group_size, row, count, rows, scratch) {}
-  };
-
+struct W8GroupFew : FewW8Group<Bfloat16, ZERO, FEW_STEP> {
+  using Steps = typename FewW8Group<Bfloat16, ZERO, FEW_STEP>::Steps;
   static constexpr int place(int pair) {
     const int word = pair / 2;
     return word / 4 % 2 * int(FEW_UNIT) + (word / 8 + pair % 2 * 2) * 8 + word % 4 * 2;
